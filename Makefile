@@ -1,0 +1,61 @@
+# `make demo` and `make test` set up their own virtual environment; nothing else is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build of torch where pip offers it (no NVIDIA driver here), any torch >= 2.11 otherwise.
+TORCH_CPU := torch==2.13.0
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test gates lint format gpu bench clean oracle
+
+demo: $(VENV)/.ready
+	$(BIN)/dsv4 generate nano -p "The capital of France is" -n 8 --stop "." --expect Paris
+
+test: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not slow"
+
+# The full table of the bundled checkpoint's gates and their negative controls.
+gates: $(VENV)/.ready-dev
+	$(BIN)/python scripts/gates.py
+
+# 300 random configurations against transformers (60 of them run in `make test`).
+oracle: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 DSV4_ORACLE_CONFIGS=300 $(BIN)/pytest -n 2 tests/reference/test_transformers_oracle.py
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python tools/line_budget.py
+	$(BIN)/pyright
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Needs a CUDA device and an environment that has torch.
+gpu:
+	$(PYTHON) -m pytest -m gpu tests
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/nano_cpu.py
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install -q "torch>=2.11"; \
+	else \
+	  $(BIN)/pip install -q "$(TORCH_CPU)" || $(BIN)/pip install -q "torch>=2.11"; \
+	fi
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -e ".[dev]"
+	@touch $@ $(VENV)/.ready
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,99 @@
+"""The typed errors of the package. Each names what was expected, what came, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class Dsv4Error(Exception):
+    """Base of every error a caller can cause. `fix` says what to do about it."""
+
+    fix: str = ""
+
+
+class ConfigError(Dsv4Error, ValueError):
+    """A field of config.json, or of a ModelConfig, that cannot be."""
+
+    def __init__(self, field: str, expected: str, got: object, fix: str = "") -> None:
+        super().__init__(f"config field {field!r}: expected {expected}, got {got!r}")
+        self.field, self.expected, self.got = field, expected, got
+        self.fix = fix or "correct config.json, or fetch it again"
+
+
+@dataclass(frozen=True)
+class CheckpointProblem:
+    """One thing that is wrong with a checkpoint.
+
+    kind    a short stable word, "truncated", "missing", "shape", ...
+    file    the file's name inside the checkpoint folder, or "" for the folder
+    tensor  the tensor's name in the file, or ""
+    detail  what was expected and what was found
+    fix     what the user can do
+    """
+
+    kind: str
+    file: str
+    tensor: str
+    detail: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        where = " ".join(x for x in (self.file, self.tensor) if x)
+        return f"{self.kind}: {where}: {self.detail}" if where else f"{self.kind}: {self.detail}"
+
+
+class CheckpointError(Dsv4Error):
+    """A checkpoint that is not what its config says. Carries every problem found, not only the first."""
+
+    def __init__(
+        self, kind: str, file: str = "", tensor: str = "", detail: str = "", fix: str = ""
+    ) -> None:
+        self._set((CheckpointProblem(kind, file, tensor, detail, fix),))
+
+    @classmethod
+    def of(cls, problems: Iterable[CheckpointProblem]) -> CheckpointError:
+        """Make one error of several problems; `kind`, `file`, ... are those of the first."""
+        error = cls.__new__(cls)
+        error._set(tuple(problems))
+        return error
+
+    def _set(self, problems: tuple[CheckpointProblem, ...]) -> None:
+        first, shown = problems[0], 20
+        lines = [str(p) for p in problems[:shown]]
+        if len(problems) > shown:
+            lines.append(f"... and {len(problems) - shown} more problems")
+        Exception.__init__(self, "\n".join(lines))
+        self.problems = problems
+        self.kind, self.file, self.tensor = first.kind, first.file, first.tensor
+        self.detail, self.fix = first.detail, first.fix
+
+
+class CapacityError(Dsv4Error):
+    """Not enough memory, pages or slots: names what is needed and what is free."""
+
+    def __init__(self, what: str, needed: int, free: int, fix: str = "") -> None:
+        super().__init__(f"{what}: needed {needed:,}, free {free:,}")
+        self.what, self.needed, self.free = what, needed, free
+        self.fix = fix or "shorten the context, lower the batch, or use a larger device"
+
+
+class KernelUnavailable(Dsv4Error, NotImplementedError):
+    """No kernel supports this problem on this device; the message lists every reason."""
+
+
+class RequestError(Dsv4Error, ValueError):
+    """A prompt or a sampling parameter that cannot be served."""
+
+    def __init__(self, argument: str, expected: str, got: object, fix: str = "") -> None:
+        super().__init__(f"{argument}: expected {expected}, got {got!r}")
+        self.argument, self.expected, self.got = argument, expected, got
+        self.fix = fix
+
+
+class MissingExtra(Dsv4Error, ImportError):
+    """An optional dependency that is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; it comes with the extra '{extra}'")
+        self.fix = f"pip install 'dsv4-inference[{extra}]'"

@@ -1,0 +1,74 @@
+"""Linear layers and the projections around attention."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv4.reference.norm import rms_norm, rms_norm_unweighted
+from dsv4.reference.precision import wide
+from dsv4.reference.quant import simulate_fp8
+
+ACTIVATION_GROUP = 128
+
+
+def linear(x: Tensor, weight: Tensor, simulate_activation: bool = False) -> Tensor:
+    """y = W x, optionally with the input rounded to FP8 per token and 128 channels (W8A8).
+
+    x      [T, K]
+    weight [O, K], dequantised
+    ->     [T, O] in x's dtype. Source: spec of the official FP8 linear: activations e4m3 with UE8M0
+           scales, products accumulated in FP32.
+    """
+    return F.linear(simulate_fp8(x, ACTIVATION_GROUP) if simulate_activation else x, weight)
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """y = W x in FP32 (FP64 for FP64): compressor, router and LM head.
+
+    x [T, K], weight [O, K] -> [T, O] FP32
+    """
+    return F.linear(wide(x), wide(weight))
+
+
+def query_latent(
+    x: Tensor, wq_a: Tensor, q_norm: Tensor, eps: float, simulate_activation: bool = False
+) -> Tensor:
+    """Down-project the hidden state to the query latent, shared by the heads and the indexer.
+
+        c^Q = RMSNorm(W^DQ h)            (paper sec. 2.3.1)
+
+    x [T, D], wq_a [L, D], q_norm [L] -> [T, L]
+    """
+    return rms_norm(linear(x, wq_a, simulate_activation), q_norm, eps)
+
+
+def query_heads(
+    latent: Tensor, wq_b: Tensor, num_heads: int, eps: float, simulate_activation: bool = False
+) -> Tensor:
+    """Up-project the latent to the query heads and normalise each head, without a weight.
+
+        q_h = RMSNorm(W^UQ_h c^Q)            (paper sec. 2.3.1)
+
+    latent [T, L], wq_b [H C, L] -> [T, H, C], before RoPE
+    """
+    q_THC = linear(latent, wq_b, simulate_activation).unflatten(-1, (num_heads, -1))
+    return rms_norm_unweighted(q_THC, eps)
+
+
+def grouped_output(
+    o: Tensor, wo_a: Tensor, wo_b: Tensor, groups: int, simulate_activation: bool = False
+) -> Tensor:
+    """Project the heads back to the hidden size in two steps: within groups, then across them.
+
+        z_g = W^OA_g [o_h : h in group g],   u = W^OB [z_1; ...; z_G]            (paper sec. 2.3.1)
+
+    o    [T, H, C]  attention output after the inverse RoPE
+    wo_a [G O, H C / G]  rows g O .. (g + 1) O - 1 belong to group g
+    wo_b [D, G O]
+    ->   [T, D]. The input of wo_a is never quantised (it is BF16 in the official code).
+    """
+    o_TGK = o.flatten(1).unflatten(-1, (groups, -1))
+    w_GOK = wo_a.unflatten(0, (groups, -1))
+    z_GTO = o_TGK.transpose(0, 1) @ w_GOK.transpose(1, 2)
+    return linear(z_GTO.transpose(0, 1).flatten(1), wo_b, simulate_activation)
