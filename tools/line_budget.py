@@ -1,4 +1,4 @@
-"""Fail when a file outgrows its budget of code lines, or a function its 50. Budgets: pyproject.toml."""
+"""Fail when a file outgrows its budget of code lines (pyproject.toml), or a function its 50."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ def _clean(text: str) -> str:
     text = html.unescape(re.sub(r"<[^>]+>", " ", text))
     text = text.replace("\u2018", "'").replace("\u2019", "'").replace("\u2014", "-")
     text = text.replace("\u201c", '"').replace("\u201d", '"').replace("\u2013", "-")
-    return re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"\s+", " ", text)
+    return re.sub(r" ([,.;:!?])", r"\1", text).strip()
 
 
 def factbook() -> list[str]:
@@ -144,7 +145,7 @@ def dictionaries() -> list[str]:
     for name in ("devil", "elements"):
         (path,) = (DOWNLOADS / f"dict-{name}").rglob(f"{name}.dict.dz")
         text = gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
-        out += [_clean(block) for block in re.split(r"\n(?=\S)", text)]
+        out += [_clean(block) for block in re.split(r"\n\s*\n", text)]
     return [p for p in out if len(p) > 60]
 
 

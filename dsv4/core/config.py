@@ -25,7 +25,7 @@ class LayerKind(Enum):
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN parameters of the rotary table of compressed layers. No magnitude scale exists in DSV4."""
+    """YaRN parameters of the rotary table of compressed layers. DSV4 has no magnitude scale."""
 
     factor: float = 16.0
     original_max_position_embeddings: int = 65536
@@ -223,7 +223,9 @@ def _check_yarn(y: YarnScaling) -> None:
         if not low <= value <= high:
             raise ConfigError(f"rope_scaling.{name}", f"{low:g} to {high:g}", value)
     if y.beta_fast <= y.beta_slow:
-        raise ConfigError("rope_scaling.beta_fast", f"more than beta_slow {y.beta_slow}", y.beta_fast)
+        raise ConfigError(
+            "rope_scaling.beta_fast", f"more than beta_slow {y.beta_slow}", y.beta_fast
+        )
 
 
 def _check_consistency(c: ModelConfig) -> None:
@@ -234,7 +236,9 @@ def _check_consistency(c: ModelConfig) -> None:
         if isinstance(ratio, bool) or ratio not in (0, 4, 128):
             raise ConfigError("compress_ratios", "only 0, 4 and 128", ratio)
     if c.num_hash_layers > L:
-        raise ConfigError("num_hash_layers", f"at most {L}, the number of layers", c.num_hash_layers)
+        raise ConfigError(
+            "num_hash_layers", f"at most {L}, the number of layers", c.num_hash_layers
+        )
     if c.num_experts_per_tok > c.n_routed_experts:
         raise ConfigError(
             "num_experts_per_tok", f"at most n_routed_experts {c.n_routed_experts}",

@@ -32,13 +32,17 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 # Known keys that say nothing about the mathematics of inference.
 _NEUTRAL = frozenset(
-    """architectures model_type torch_dtype dtype use_cache transformers_version initializer_range
-    pad_token_id auto_map _name_or_path quantization_config expert_dtype rope_scaling
-    rope_parameters compress_ratios compress_rates layer_types mlp_layer_types
-    partial_rotary_factor dspark_markov_rank dspark_noise_token_id dspark_target_layer_ids
-    return_dict output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder
-    id2label label2id problem_type router_jitter_noise router_aux_loss_coef output_router_logits
-    attn_implementation num_local_experts mlp_bias default_theta""".split()
+    {
+        "architectures", "model_type", "torch_dtype", "dtype", "use_cache", "transformers_version",
+        "initializer_range", "pad_token_id", "auto_map", "_name_or_path", "quantization_config",
+        "expert_dtype", "rope_scaling", "rope_parameters", "compress_ratios", "compress_rates",
+        "layer_types", "mlp_layer_types", "partial_rotary_factor", "dspark_markov_rank",
+        "dspark_noise_token_id", "dspark_target_layer_ids", "return_dict", "output_hidden_states",
+        "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder", "id2label",
+        "label2id", "problem_type", "router_jitter_noise", "router_aux_loss_coef",
+        "output_router_logits", "attn_implementation", "num_local_experts", "mlp_bias",
+        "default_theta",
+    }
 )  # fmt: skip
 _DIRECT = tuple(
     f.name

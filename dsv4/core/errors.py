@@ -44,7 +44,7 @@ class CheckpointProblem:
 
 
 class CheckpointError(Dsv4Error):
-    """A checkpoint that is not what its config says. Carries every problem found, not only the first."""
+    """A checkpoint that is not what its config says. Carries every problem found."""
 
     def __init__(
         self, kind: str, file: str = "", tensor: str = "", detail: str = "", fix: str = ""

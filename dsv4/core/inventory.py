@@ -157,7 +157,7 @@ def _trunk(c: ModelConfig) -> Iterator[TensorSpec]:
 
 
 def _mtp(c: ModelConfig) -> Iterator[TensorSpec]:
-    """MTP blocks; a DSpark file holds draft stages under the same prefix instead, and none of these."""
+    """MTP blocks. A DSpark file holds draft stages under the same prefix, and none of these."""
     if c.dspark_block_size:
         return
     for j in range(c.num_nextn_predict_layers):

@@ -74,5 +74,4 @@ def _sparse_attn_chunk(
     m_TH1 = torch.where(m_TH1.isinf(), wide(sink)[None, :, None], m_TH1)  # nothing to attend to
     p_THK = (logits_THK - m_TH1).exp()
     denominator = p_THK.sum(dim=-1, keepdim=True) + (wide(sink)[None, :, None] - m_TH1).exp()
-    out = wide(p_THK.to(q.dtype)) @ kv_TKC / denominator
-    return out.to(q.dtype)
+    return ((wide(p_THK.to(q.dtype)) / denominator) @ kv_TKC).to(q.dtype)

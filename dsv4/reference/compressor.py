@@ -100,7 +100,8 @@ def compress(
     complete = (last - base) * r
     windows = (kappa[:complete].unflatten(0, (-1, r)), gamma[:complete].unflatten(0, (-1, r)))
     if kind is LayerKind.CSA:
-        entries = pool_overlapping_windows(*windows) if complete else kappa[:0, : kappa.shape[1] // 2]
+        none = kappa[:0, : kappa.shape[1] // 2]
+        entries = pool_overlapping_windows(*windows) if complete else none
         keep = max(last - 1, 0) * r  # the last complete window feeds the next entry
     else:
         entries = pool_windows(*windows) if complete else kappa[:0]

@@ -104,7 +104,7 @@ class Layer:
         self, x: Tensor, latent: Tensor, positions: Tensor, cos: Tensor, sin: Tensor,
         cache: LayerCache,
     ) -> Tensor:  # fmt: skip
-        """Append the entries these tokens complete; return the ones each query attends to [T, K]."""
+        """Append the entries these tokens complete; pick each query's entries [T, K]."""
         if cache.entries is None or cache.compressor is None:
             return positions.new_zeros(len(x), 0)
         c, w, name = self.config, self.weights.at("attn"), f"{self.name}.attn"
@@ -113,10 +113,10 @@ class Layer:
         )
         new = self.simulate.round_kv(new, c.qk_rope_head_dim)
         tap(f"{name}.compressed", new)
-        cache.entries = torch.cat((cache.entries, new))
+        entries = cache.entries = torch.cat((cache.entries, new))
         visible = visible_entries(positions, self.kind.ratio)
         if self.kind is LayerKind.HCA:
-            return all_entries_indices(visible, len(cache.entries))
+            return all_entries_indices(visible, len(entries))
         return self._select(x, latent, positions, cos, sin, visible, cache)
 
     def _entries(
@@ -135,7 +135,8 @@ class Layer:
     ) -> Tensor:  # fmt: skip
         """Run the indexer: append its keys and pick each query's top-k entries [T, K]."""
         c, w, name = self.config, self.weights.at("attn.indexer"), f"{self.name}.attn.indexer"
-        assert cache.index_keys is not None and cache.index_compressor is not None
+        assert cache.index_keys is not None
+        assert cache.index_compressor is not None
         keys, cache.index_compressor = self._entries(
             x, positions, w.at("compressor"), cache.index_compressor, len(cache.index_keys)
         )

@@ -1,4 +1,4 @@
-"""mHC oracles: the four residual streams, mixed before and after every sub-layer (paper sec. 2.2)."""
+"""mHC oracles: four residual streams, mixed before and after every sub-layer (paper sec. 2.2)."""
 
 from __future__ import annotations
 

@@ -66,10 +66,11 @@ class ReferenceModel:
     def new_cache(self) -> ModelCache:
         """An empty cache for one sequence."""
         device = self.weights["embed.weight"].device
-        return ModelCache(
-            [LayerCache.empty(self.config, layer.kind, self.dtype, device) for layer in self.layers],
-            [LayerCache.empty(self.config, layer.kind, self.dtype, device) for layer in self.mtp],
-        )
+
+        def empty(layer: Layer) -> LayerCache:
+            return LayerCache.empty(self.config, layer.kind, self.dtype, device)
+
+        return ModelCache([empty(x) for x in self.layers], [empty(x) for x in self.mtp])
 
     @torch.inference_mode()
     def forward_streams(self, ids: Tensor, cache: ModelCache) -> Tensor:
@@ -127,9 +128,8 @@ class ReferenceModel:
 
     def _head(self, streams: Tensor, prefix: str) -> Tensor:
         w, c = self.weights.at(prefix) if prefix else self.weights, self.config
-        y = hc_head(
-            streams, w["hc_head_fn"], w["hc_head_scale"], w["hc_head_base"], c.rms_norm_eps, c.hc_eps
-        )
+        fn, scale, base = (w[f"hc_head_{part}"] for part in ("fn", "scale", "base"))
+        y = hc_head(streams, fn, scale, base, c.rms_norm_eps, c.hc_eps)
         return lm_head(y, w["norm.weight"], self.weights["head.weight"], c.rms_norm_eps)
 
     def _check_ids(self, ids: Tensor, length: int) -> None:

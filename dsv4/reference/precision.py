@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x` in the precision of norms, softmax, mHC, router and scores: FP32, or FP64 if it is FP64."""
+    """`x` in the precision of norms, softmax, mHC and scores: FP32, or FP64 if it is FP64."""
     return x if x.dtype == torch.float64 else x.float()
 
 

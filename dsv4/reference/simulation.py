@@ -61,4 +61,3 @@ class QuantSimulation:
         if self.indexer == "mxfp4":
             return simulate_mxfp4(x)
         return simulate_index_fp8(x) if self.indexer == "fp8" else x
-

@@ -17,7 +17,7 @@ _GEMM_LEAVES = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj
 
 
 def is_gemm_weight(name: str) -> bool:
-    """Whether parameter `name` multiplies in the activation dtype (the others are FP32 or integer)."""
+    """Whether parameter `name` multiplies in the activation dtype; the others stay FP32."""
     if ".compressor." in name or not name.endswith(".weight"):
         return False
     return name.split(".")[-2] in _GEMM_LEAVES

@@ -11,8 +11,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Largest absolute difference over the largest magnitude of `want`, in FP64.
 
-    NaN anywhere gives NaN, so that `relative_error(...) < limit` fails; two all-zero tensors give 0,
-    and any difference from an all-zero `want` gives infinity. Raises ValueError on unequal shapes.
+    NaN anywhere gives NaN, so that `relative_error(...) < limit` fails; two all-zero tensors give
+    0, and any difference from an all-zero `want` infinity. Raises ValueError on unequal shapes.
     """
     if got.shape != want.shape:
         raise ValueError(f"got: expected shape {list(want.shape)}, got {list(got.shape)}")

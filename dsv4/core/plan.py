@@ -1,0 +1,175 @@
+"""Does it fit: the memory of a model, a context and a batch, computed from the config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from dsv4.core.config import ModelConfig
+from dsv4.core.errors import RequestError
+from dsv4.core.inventory import TensorSpec, tensor_specs
+from dsv4.core.kv_layout import (
+    DEFAULT_PAGE_TOKENS,
+    IndexKeys,
+    check_index_keys,
+    check_page_tokens,
+    fixed_state_bytes,
+    fixed_window_bytes,
+    growth_per_token,
+    mtp_window_bytes,
+    page_set_bytes,
+)
+
+# Matrices with a dim of heads, groups, channels or words, which GPUs can divide among them.
+DIVIDED = ("wq_b", "wo_a", "wo_b", "shared_experts", "embed", "head")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The result of `plan`. Sizes in bytes; "per GPU" is the GPU that holds most.
+
+    weight_file_bytes       all tensors of the checkpoint, headers not counted
+    weight_bytes            weights per GPU
+    kv_page_set_bytes       the pages, over all layers, of `page_tokens` tokens of one request
+    pages_per_request       page sets a request of `context` tokens needs, the last one rounded up
+    kv_page_bytes           all pages of the batch
+    kv_fixed_per_request    window rings and compressor state of one request, MTP windows included
+    kv_fixed_bytes          the same for the batch
+    kv_bytes                kv_page_bytes + kv_fixed_bytes, per GPU
+    kv_growth               bytes one more token of one request adds, page padding not counted
+    total_bytes             weight_bytes + kv_bytes, per GPU
+    memory_bytes            memory of one GPU, when it was given
+    largest_context         tokens every request of the batch can have in `memory_bytes`, whole
+                            pages, at most the model's limit; 0 when none; None without memory_bytes
+    """
+
+    gpus: int
+    context: int
+    batch: int
+    index_keys: IndexKeys
+    page_tokens: int
+    weight_file_bytes: int
+    weight_bytes: int
+    kv_page_set_bytes: int
+    pages_per_request: int
+    kv_page_bytes: int
+    kv_fixed_per_request: int
+    kv_fixed_bytes: int
+    kv_bytes: int
+    kv_growth: Fraction
+    total_bytes: int
+    memory_bytes: int | None = None
+    largest_context: int | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether `total_bytes` is within `memory_bytes`; None when that was not given."""
+        return None if self.memory_bytes is None else self.total_bytes <= self.memory_bytes
+
+    @property
+    def spare_bytes(self) -> int | None:
+        """What is left of `memory_bytes`, negative when it does not fit."""
+        return None if self.memory_bytes is None else self.memory_bytes - self.total_bytes
+
+
+def plan(
+    config: ModelConfig,
+    *,
+    gpus: int = 1,
+    context: int,
+    batch: int,
+    index_keys: IndexKeys = "fp8",
+    page_tokens: int = DEFAULT_PAGE_TOKENS,
+    memory_bytes: int | None = None,
+) -> MemoryPlan:
+    """Plan the memory of `batch` requests of `context` tokens each on `gpus` GPUs.
+
+    context       tokens of a request, prompt and reply, at most the model's limit
+    index_keys    "fp8" or "mxfp4"
+    page_tokens   a multiple of 128
+    memory_bytes  memory of one GPU, to judge the fit and to find the largest context
+
+    Weights count in the precision of the checkpoint. Activations, workspaces, graphs and what the
+    driver takes are not counted: keep a reserve.
+
+    More than one GPU is an assumption, no part of the package runs that way yet: routed experts are
+    dealt out whole, ceil(E / gpus) to the fullest GPU; wq_b, wo_a, wo_b, the shared expert, the
+    embedding and the head are divided evenly; everything else (wq_a, wkv, router, compressors,
+    mHC, norms, MTP projections) is replicated. So is the whole KV cache, because K and V are one
+    head that every GPU reads. Raises RequestError for an argument out of range.
+    """
+    _check_arguments(config, gpus, context, batch, memory_bytes)
+    check_index_keys(index_keys)
+    check_page_tokens(page_tokens)
+    specs = tensor_specs(config).values()
+    weights = weight_bytes_per_gpu(config, specs, gpus)
+    page_set = page_set_bytes(config, index_keys, page_tokens)
+    pages = -(-context // page_tokens)
+    fixed = fixed_state_bytes(config) + fixed_window_bytes(config) + mtp_window_bytes(config)
+    kv = batch * (pages * page_set + fixed)
+    largest = None
+    if memory_bytes is not None:
+        free = memory_bytes - weights - batch * fixed
+        largest = _largest_context(config, free, batch * page_set, page_tokens)
+    return MemoryPlan(
+        gpus=gpus,
+        context=context,
+        batch=batch,
+        index_keys=index_keys,
+        page_tokens=page_tokens,
+        weight_file_bytes=sum(s.nbytes for s in specs),
+        weight_bytes=weights,
+        kv_page_set_bytes=page_set,
+        pages_per_request=pages,
+        kv_page_bytes=batch * pages * page_set,
+        kv_fixed_per_request=fixed,
+        kv_fixed_bytes=batch * fixed,
+        kv_bytes=kv,
+        kv_growth=growth_per_token(config, index_keys),
+        total_bytes=weights + kv,
+        memory_bytes=memory_bytes,
+        largest_context=largest,
+    )
+
+
+def weight_bytes_per_gpu(config: ModelConfig, specs: Iterable[TensorSpec], gpus: int) -> int:
+    """Bytes of `specs` on the fullest of `gpus`, divided as `plan` says."""
+    experts = divided = replicated = 0
+    for s in specs:
+        parts = s.name.split(".")
+        if "experts" in parts:
+            experts += s.nbytes
+        elif any(p in DIVIDED for p in parts):
+            divided += s.nbytes
+        else:
+            replicated += s.nbytes
+    per_expert = experts // config.n_routed_experts  # over all layers; experts are alike
+    most = -(-config.n_routed_experts // gpus)
+    return most * per_expert + -(-divided // gpus) + replicated
+
+
+def _largest_context(config: ModelConfig, free: int, page_set: int, page_tokens: int) -> int:
+    """Tokens a request can have in `free` bytes when a step of `page_tokens` costs `page_set`."""
+    limit = config.max_position_embeddings
+    if free < 0:
+        return 0
+    if page_set == 0:  # window layers alone: nothing grows
+        return limit
+    return min(limit, free // page_set * page_tokens)
+
+
+def _check_arguments(
+    config: ModelConfig, gpus: int, context: int, batch: int, memory_bytes: int | None
+) -> None:
+    limit = config.max_position_embeddings
+    for name, value, high in (
+        ("gpus", gpus, 1 << 16),
+        ("context", context, limit),
+        ("batch", batch, 1 << 20),
+        ("memory_bytes", memory_bytes, 1 << 60),
+    ):
+        if name == "memory_bytes" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise RequestError(name, f"an integer from 1 to {high:,}", value)

@@ -1,0 +1,216 @@
+"""The comparison of two dumps, tap by tap in execution order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import inf
+
+import torch
+from torch import Tensor
+
+from dsv4.core.errors import RequestError
+from dsv4.diff.dump import DTYPES, TapDump
+from dsv4.diff.limits import Limit, Limits
+
+
+@dataclass(frozen=True)
+class TapResult:
+    """How one tap of B stands to the same tap of A.
+
+    kind     "float", "set", "bitwise", or "shape" when the two cannot be compared
+    ok       whether it is within `limit`
+    cos, rel_rms, max_abs   of floats: cosine, |a - b| / |a|, largest |a - b|; over what is finite
+    num_differ, num_total   elements that differ: of sets and bitwise taps, or non-finite ones
+    where    the place of the largest error, {"token": 4, "head": 17, "channel": 3}
+    share    share of the squared error in the first places of `where` (all but the last)
+    note     what else must be said, "" for nothing
+    """
+
+    name: str
+    kind: str
+    ok: bool
+    limit: float
+    cos: float | None = None
+    rel_rms: float | None = None
+    max_abs: float | None = None
+    num_differ: int = 0
+    num_total: int = 0
+    where: dict[str, int] = field(default_factory=dict)
+    share: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """All taps that both dumps have, in the execution order of A, and the names only one has."""
+
+    dtype: str
+    results: tuple[TapResult, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def first_divergence(self) -> TapResult | None:
+        """The first tap outside its limit, None when there is none."""
+        return next((r for r in self.results if not r.ok), None)
+
+    @property
+    def worst_before(self) -> float:
+        """Largest relative rms of the float taps before the first divergence, or of all."""
+        worst = 0.0
+        for r in self.results:
+            if not r.ok:
+                break
+            worst = max(worst, r.rel_rms or 0.0)
+        return worst
+
+
+def compare_dumps(
+    a: TapDump, b: TapDump, limits: Limits, globs: Sequence[str] = ("*",)
+) -> DiffReport:
+    """Compare every tap that both have and that matches one of `globs`.
+
+    Raises RequestError when the dumps are of different prompts or models, or share no tap.
+    """
+    for name, left, right in (
+        ("ids", a.info.ids, b.info.ids),
+        ("config", a.info.config, b.info.config),
+    ):
+        if left != right:
+            raise RequestError(
+                name, f"the {name} of {a.path.name}: {_short(left)}", _short(right),
+                "make both dumps from the same prompt and model",
+            )  # fmt: skip
+    dtype = max(a.info.dtype, b.info.dtype, key=DTYPES.index)
+    wanted_a, wanted_b = (
+        [n for n in d.names if any(fnmatchcase(n, g) for g in globs)] for d in (a, b)
+    )
+    common = [n for n in wanted_a if n in set(wanted_b)]
+    if not common:
+        raise RequestError("taps", "taps that both dumps have", f"{len(wanted_a)} and "
+                           f"{len(wanted_b)} with none in common")  # fmt: skip
+    quants = (a.info.quant, b.info.quant)
+    notes = () if quants[0] == quants[1] else (f"A imitates {quants[0]!r}, B {quants[1]!r}",)
+    return DiffReport(
+        dtype,
+        tuple(_compare_tap(a, b, n, limits.rule(n), dtype) for n in common),
+        tuple(n for n in wanted_a if n not in set(wanted_b)),
+        tuple(n for n in wanted_b if n not in set(wanted_a)),
+        notes,
+    )
+
+
+def compare_tensors(name: str, a: Tensor, b: Tensor, rule: Limit, dtype: str) -> TapResult:
+    """Compare two tensors of one name under `rule`, for runs in `dtype`."""
+    limit = rule.of(dtype)
+    if a.shape != b.shape:
+        note = f"shapes differ: A {list(a.shape)}, B {list(b.shape)}"
+        return TapResult(name, "shape", False, limit, note=note)
+    if a.is_floating_point() != b.is_floating_point():
+        return TapResult(name, "shape", False, limit, note=f"A is {a.dtype}, B {b.dtype}")
+    if rule.kind == "set":
+        return _compare_sets(name, a, b, limit)
+    if rule.kind == "bitwise" or not a.is_floating_point():
+        return _compare_bits(name, a, b, rule)
+    return _compare_floats(name, a, b, rule, limit)
+
+
+def _compare_tap(a: TapDump, b: TapDump, name: str, rule: Limit, dtype: str) -> TapResult:
+    left, right = a.tensor(name), b.tensor(name)
+    ids_name = f"{name.rpartition('.')[0]}.{rule.by_ids}"
+    if rule.by_ids and ids_name in a.names and ids_name in b.names:
+        ids_left, ids_right = a.tensor(ids_name), b.tensor(ids_name)
+        if left.shape == right.shape == ids_left.shape == ids_right.shape:
+            left, right = _sort_by(left, ids_left), _sort_by(right, ids_right)
+            # Where other ids were chosen there is nothing to compare: the ids' own tap says so.
+            same = (ids_left.sort(-1).values == ids_right.sort(-1).values).all(-1)
+            left, right = left[same], right[same]
+    return compare_tensors(name, left, right, rule, dtype)
+
+
+def _sort_by(x: Tensor, ids: Tensor) -> Tensor:
+    return x.gather(-1, ids.argsort(dim=-1, stable=True))
+
+
+def _compare_sets(name: str, a: Tensor, b: Tensor, limit: float) -> TapResult:
+    """Rows as multisets of ids from 0 up; an id counts once for each row it is missing in."""
+    a, b = (torch.atleast_2d(x).flatten(0, -2).long() for x in (a, b))
+    width = int(max(a.max(), b.max())) + 1 if a.numel() else 1
+    keys = []
+    for x in (a, b):
+        row = torch.arange(len(x))[:, None].expand_as(x)
+        keys.append((row * width + x)[x >= 0])
+    values, inverse = torch.unique(torch.cat(keys), return_inverse=True)
+    counts = [
+        torch.bincount(part, minlength=len(values))
+        for part in inverse.split([len(k) for k in keys])
+    ]
+    surplus = counts[0] - counts[1]
+    differ = int(max(surplus.clamp(min=0).sum(), (-surplus).clamp(min=0).sum()))
+    total = max(len(k) for k in keys)
+    where = {}
+    if differ:
+        per_row = torch.zeros(len(a), dtype=torch.long)
+        per_row.index_add_(0, torch.div(values, width, rounding_mode="floor"), surplus.abs())
+        where = {"token": int(per_row.argmax())}
+    ok = differ <= limit * total
+    return TapResult(name, "set", ok, limit, num_differ=differ, num_total=total, where=where)
+
+
+def _compare_bits(name: str, a: Tensor, b: Tensor, rule: Limit) -> TapResult:
+    differs = a != b
+    if a.is_floating_point():
+        differs &= ~(a.isnan() & b.isnan())
+    count = int(differs.sum())
+    where = _place(int(differs.flatten().long().argmax()), a.shape, rule.axes) if count else {}
+    return TapResult(
+        name, "bitwise", count == 0, 0.0, num_differ=count, num_total=a.numel(), where=where
+    )
+
+
+def _compare_floats(name: str, a: Tensor, b: Tensor, rule: Limit, limit: float) -> TapResult:
+    x, y = a.double(), b.double()
+    finite = x.isfinite() & y.isfinite()
+    # Equal infinities (masked scores) and NaN in both agree; any other non-finite value does not.
+    agree = finite | (x == y) | (x.isnan() & y.isnan())
+    broken = int((~agree).sum())
+    x, y = (torch.where(finite, v, 0.0) for v in (x, y))
+    d = x - y
+    norm_x, norm_y, norm_d = (float(v.norm()) for v in (x, y, d))
+    rel = norm_d / norm_x if norm_x else (inf if norm_d else 0.0)
+    cos = float((x * y).sum()) / (norm_x * norm_y) if norm_x and norm_y else float(norm_d == 0)
+    note, error = "", d.square()
+    if broken:
+        note = f"{int(a.isnan().sum())} NaN in A, {int(b.isnan().sum())} in B; {broken} differ"
+        error = (~agree).double()
+    where, share = _blame(error, rule.axes)
+    return TapResult(
+        name, "float", broken == 0 and rel <= limit, limit, cos, rel,
+        float(d.abs().max()) if d.numel() else 0.0, broken, a.numel(), where, share, note,
+    )  # fmt: skip
+
+
+def _blame(error: Tensor, axes: Sequence[str]) -> tuple[dict[str, int], float | None]:
+    """The worst element of the row (of the token and head) with most error; that row's share."""
+    total = float(error.sum())
+    if not total:
+        return {}, None
+    rows = error.reshape(-1, error.shape[-1] if error.dim() else 1)
+    row_sums = rows.sum(-1)
+    worst = int(row_sums.argmax())
+    flat = worst * rows.shape[1] + int(rows[worst].argmax())
+    return _place(flat, error.shape, axes), float(row_sums[worst]) / total
+
+
+def _place(flat: int, shape: Sequence[int], axes: Sequence[str]) -> dict[str, int]:
+    index = torch.unravel_index(torch.tensor(flat), tuple(shape))
+    names = axes if len(axes) == len(index) else [f"dim {n}" for n in range(len(index))]
+    return {name: int(i) for name, i in zip(names, index, strict=True)}
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,98 @@
+"""Tap dumps on disk: one safetensors file, names in execution order in its metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dsv4.core.errors import RequestError
+
+SCHEMA = 1
+DTYPES = ("float64", "float32", "bfloat16")  # finest first
+
+
+@dataclass(frozen=True)
+class DumpInfo:
+    """What a dump was made of.
+
+    tier    0 or 1 (2: production)
+    dtype   one of DTYPES: activations of the run
+    model   name of the checkpoint, for people
+    config  short hash of the normalised config
+    ids     token ids that were run
+    quant   roundings imitated, "" for none
+    """
+
+    tier: int
+    dtype: str
+    model: str
+    config: str
+    ids: tuple[int, ...]
+    quant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise RequestError("dtype", f"one of {DTYPES}", self.dtype)
+
+
+def ids_hash(ids: Sequence[int]) -> str:
+    """First 16 hex digits of the sha256 of the comma-joined ids."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+
+
+def write_dump(path: str | Path, tensors: Mapping[str, Tensor], info: DumpInfo) -> None:
+    """Write `tensors`, in the order of the mapping, with `info` to a safetensors file."""
+    from safetensors.torch import save_file
+
+    metadata = {
+        "format": "dsv4-taps", "schema": str(SCHEMA), "tier": str(info.tier), "dtype": info.dtype,
+        "model": info.model, "config": info.config, "ids": ",".join(map(str, info.ids)),
+        "ids_hash": ids_hash(info.ids), "quant": info.quant, "order": json.dumps([*tensors]),
+    }  # fmt: skip
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path, metadata)
+
+
+class TapDump:
+    """A dump opened for reading; tensors are read one at a time.
+
+    info, names  what it is and its taps in execution order
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open `path`. Raises RequestError when it is no tap dump of this schema."""
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        try:
+            self._file = safe_open(str(path), framework="pt")
+            metadata = self._file.metadata() or {}
+            stored = set(self._file.keys())
+        except (OSError, SafetensorError) as e:
+            raise _no_dump(path, str(e)) from e
+        if metadata.get("format") != "dsv4-taps" or metadata.get("schema") != str(SCHEMA):
+            raise _no_dump(path, f"metadata {metadata.get('format')!r}, {metadata.get('schema')!r}")
+        try:
+            self.names: list[str] = json.loads(metadata["order"])
+            self.info = DumpInfo(
+                int(metadata["tier"]), metadata["dtype"], metadata["model"], metadata["config"],
+                tuple(int(i) for i in metadata["ids"].split(",") if i), metadata["quant"],
+            )  # fmt: skip
+        except (KeyError, ValueError, TypeError) as e:
+            raise _no_dump(path, f"metadata: {e}") from e
+        if not isinstance(self.names, list) or sorted(self.names) != sorted(stored):
+            raise _no_dump(path, "its 'order' names other tensors than it holds")
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tap."""
+        return self._file.get_tensor(name)
+
+
+def _no_dump(path: str | Path, got: str) -> RequestError:
+    return RequestError(
+        "dump", f"a tap dump of schema {SCHEMA} at {path}", got[:200], "write it with: dsv4 dump"
+    )

@@ -1,0 +1,51 @@
+"""JSON from untrusted files: size-capped by the caller, duplicate keys and NaN refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dsv4.core.errors import CheckpointError
+from dsv4.loader.problems import printable
+
+_FIX = "fetch this file again"
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(key)
+            seen.add(key)
+    return out
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def parse_json(data: bytes, file: str) -> Any:
+    """The value of UTF-8 JSON `data`.
+
+    Raises CheckpointError: "duplicate" for a repeated key, "json" for anything else that is not
+    plain JSON, nesting too deep for the parser included.
+    """
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except _DuplicateKeyError as error:
+        key = printable(error)
+        raise CheckpointError("duplicate", file, key, "the key appears twice", _FIX) from None
+    except RecursionError:
+        raise CheckpointError("json", file, "", "nested too deeply", _FIX) from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, over-long integers
+        raise CheckpointError(
+            "json", file, "", f"not valid JSON: {printable(error)}", _FIX
+        ) from None

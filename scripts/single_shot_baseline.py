@@ -1,0 +1,67 @@
+"""Tier 1: one prompt through the plain PyTorch reference, top to bottom.
+
+    python scripts/single_shot_baseline.py nano -p "The capital of France is" --expect Paris
+
+Same flags and output as tier_0_hf_reference.py, so that two tiers can be compared line by line.
+"""
+
+import argparse
+import sys
+import time
+
+import torch
+
+import dsv4.nano
+from dsv4.core.sampling import SamplingParams
+from dsv4.core.taps import capture
+from dsv4.loader import Checkpoint
+from dsv4.reference.model import ReferenceModel
+from dsv4.reference.sampler import sample
+from dsv4.text import Detokenizer, Tokenizer
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("model", help="checkpoint folder, or 'nano'")
+parser.add_argument("-p", "--prompt", default="The capital of France is")
+parser.add_argument("-n", "--max-tokens", type=int, default=16)
+parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
+parser.add_argument("--dump", metavar="FILE", help="write the taps of the prefill (safetensors)")
+parser.add_argument("--expect", metavar="TEXT", help="the gate: fail unless the output has it")
+args = parser.parse_args()
+
+# 1. Checkpoint: config, then every tensor, checked, in the precision it is stored in.
+started = time.perf_counter()
+folder = dsv4.nano.path() if args.model == "nano" else args.model
+checkpoint = Checkpoint.open(folder)
+tokenizer = Tokenizer.open(folder)
+model = ReferenceModel(checkpoint.config, checkpoint.load(), getattr(torch, args.dtype))
+print(f"loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+# 2. Prefill: the whole prompt in one call.
+ids = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
+cache = model.new_cache()
+with capture(["*"] if args.dump else []) as taps:
+    logits = model.forward(torch.tensor(ids), cache)[-1]
+if args.dump:
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in taps.tensors().items()}, args.dump)
+
+# 3. Decode: greedy, one token a step, until end of sequence.
+greedy, text = SamplingParams(temperature=0.0), ""
+detokenizer = Detokenizer(tokenizer)
+for _ in range(args.max_tokens):
+    token = sample(logits, greedy)
+    if token == checkpoint.config.eos_token_id:
+        break
+    piece = detokenizer.push(token)
+    text += piece
+    print(piece, end="", flush=True)
+    logits = model.forward(torch.tensor([token]), cache)[-1]
+text += detokenizer.flush()
+print()
+
+# 4. The gate.
+if args.expect is not None:
+    verdict = "PASS" if args.expect in text else "FAIL"
+    print(f"{verdict}: {args.prompt!r} -> {text!r}")
+    sys.exit(verdict == "FAIL")

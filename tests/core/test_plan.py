@@ -1,0 +1,133 @@
+"""The planner against the published totals and against itself."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv4.core.config import LayerKind, ModelConfig
+from dsv4.core.errors import RequestError
+from dsv4.core.inventory import tensor_specs
+from dsv4.core.kv_layout import compressor_state_bytes, layer_bytes, window_bytes
+from dsv4.core.plan import plan, weight_bytes_per_gpu
+
+FLASH, PRO, NANO = ModelConfig.flash(), ModelConfig.pro(), ModelConfig.nano()
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "growth", "fixed"),
+    [
+        (FLASH, 159_609_485_896, "3850.25", 12_206_080 + 3_214_336 + 74_752),
+        (PRO, 864_704_792_696, "5511.4375", 18_710_528 + 4_559_872 + 74_752),
+    ],
+)
+def test_plan_gives_the_published_figures(
+    config: ModelConfig, weights: int, growth: str, fixed: int
+) -> None:
+    p = plan(config, context=1 << 20, batch=1)
+    assert p.weight_file_bytes == p.weight_bytes == weights
+    assert p.kv_growth == Fraction(growth)
+    assert p.kv_fixed_per_request == fixed
+    assert p.fits is None
+    assert p.spare_bytes is None
+    assert p.largest_context is None
+
+
+def test_plan_of_one_long_flash_request() -> None:
+    # 4.04 GB of content in the published table; the pages add 1.3 % of padding.
+    p = plan(FLASH, context=1 << 20, batch=1)
+    content = 1_048_576 * p.kv_growth
+    assert p.pages_per_request == 4096
+    assert p.kv_page_bytes == 4096 * 998_208
+    assert content < p.kv_page_bytes < content * Fraction("1.013")
+    assert p.total_bytes == p.weight_bytes + p.kv_bytes == 159_609_485_896 + p.kv_bytes
+
+
+def test_plan_counts_what_every_layer_allocates() -> None:
+    p = plan(NANO, context=700, batch=3, page_tokens=128, index_keys="mxfp4")
+    pages = 6  # 700 tokens in pages of 128
+    kinds = [NANO.layer_kind(j) for j in range(NANO.num_hidden_layers)]
+    assert kinds.count(LayerKind.HCA) == 2
+    per_request = sum(
+        pages * layer_bytes(NANO, kind, "mxfp4", 128).page_bytes
+        + window_bytes(NANO)
+        + compressor_state_bytes(NANO, kind)
+        for kind in kinds
+    )
+    assert p.kv_bytes == 3 * per_request
+    assert p.kv_bytes == p.kv_page_bytes + p.kv_fixed_bytes
+
+
+@pytest.mark.parametrize(("context", "pages"), [(1, 1), (256, 1), (257, 2)])
+def test_contexts_round_up_to_pages(context: int, pages: int) -> None:
+    assert plan(NANO, context=context, batch=2).pages_per_request == pages
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 1 << 20), st.integers(1, 64), st.integers(0, 1 << 36), st.integers(1, 4))
+def test_largest_context_is_the_last_that_fits(
+    context: int, batch: int, memory: int, gpus: int
+) -> None:
+    p = plan(NANO, context=context, batch=batch, memory_bytes=memory + 1, gpus=gpus)
+    assert p.fits == (p.total_bytes <= memory + 1) == (context <= p.largest_context)
+    assert p.spare_bytes == memory + 1 - p.total_bytes
+    limit = NANO.max_position_embeddings
+    if p.largest_context > 0:
+        assert plan(NANO, context=p.largest_context, batch=batch, memory_bytes=memory + 1,
+                    gpus=gpus).fits  # fmt: skip
+    if p.largest_context < limit:
+        assert not plan(NANO, context=p.largest_context + 1, batch=batch, memory_bytes=memory + 1,
+                        gpus=gpus).fits  # fmt: skip
+
+
+def test_one_gpu_holds_one_flash_only_when_it_is_large_enough() -> None:
+    small = plan(FLASH, context=131072, batch=4, memory_bytes=140 * GIB)
+    assert (small.fits, small.largest_context) == (False, 0)
+    pair = plan(FLASH, context=131072, batch=4, gpus=2, memory_bytes=140 * GIB)
+    assert (pair.fits, pair.largest_context) == (True, 1 << 20)
+
+
+def test_a_model_of_windows_alone_has_no_growth() -> None:
+    config = replace(NANO, compress_ratios=(0,) * 7)
+    p = plan(config, context=100_000, batch=1, memory_bytes=GIB)
+    assert p.kv_page_bytes == 0
+    assert p.largest_context == config.max_position_embeddings
+    assert plan(config, context=1, batch=1, memory_bytes=1000).largest_context == 0
+
+
+def test_division_among_gpus() -> None:
+    specs = tensor_specs(FLASH)
+    total = sum(s.nbytes for s in specs.values())
+    experts = 44 * 256 * 13_369_344
+    whole = [weight_bytes_per_gpu(FLASH, specs.values(), g) for g in (1, 2, 3, 256)]
+    assert whole[0] == total
+    replicated = 2 * whole[1] - total  # what is held twice
+    by_name = sum(
+        s.nbytes
+        for s in specs.values()
+        if not any(
+            f".{part}." in f".{s.name}"
+            for part in ("experts", "shared_experts", "wq_b", "wo_a", "wo_b", "embed", "head")
+        )
+    )
+    assert replicated == by_name
+    divided = total - experts - replicated
+    assert whole[2] == 86 * (experts // 256) + -(-divided // 3) + replicated
+    assert whole[3] == experts // 256 + -(-divided // 256) + replicated
+    # More GPUs than experts leave one expert on the fullest.
+    assert weight_bytes_per_gpu(FLASH, specs.values(), 1024) >= experts // 256 + replicated
+
+
+def test_bad_arguments_are_named() -> None:
+    good = {"context": 1000, "batch": 1}
+    for name, bad in (
+        ("gpus", 0), ("context", 0), ("context", NANO.max_position_embeddings + 1), ("batch", -1),
+        ("batch", True), ("context", 10.5), ("memory_bytes", 0), ("page_tokens", 100),
+        ("index_keys", "bf16"),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=f"^{name}: expected") as error:
+            plan(NANO, **{**good, name: bad})
+        assert error.value.argument == name
