@@ -12,11 +12,9 @@ import time
 import torch
 
 import dsv4.nano
-from dsv4.core.sampling import SamplingParams
 from dsv4.core.taps import capture
 from dsv4.loader import Checkpoint
 from dsv4.reference.model import ReferenceModel
-from dsv4.reference.sampler import sample
 from dsv4.text import Detokenizer, Tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -47,10 +45,9 @@ if args.dump:
     save_file({k: v.contiguous() for k, v in taps.tensors().items()}, args.dump)
 
 # 3. Decode: greedy, one token a step, until end of sequence.
-greedy, text = SamplingParams(temperature=0.0), ""
-detokenizer = Detokenizer(tokenizer)
+detokenizer, text = Detokenizer(tokenizer), ""
 for _ in range(args.max_tokens):
-    token = sample(logits, greedy)
+    token = int(logits.argmax())
     if token == checkpoint.config.eos_token_id:
         break
     piece = detokenizer.push(token)

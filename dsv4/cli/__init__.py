@@ -1,0 +1,1 @@
+"""The command line. Verbs import torch when they run, not before."""

@@ -1,0 +1,134 @@
+"""The entry point: parse, run one verb, turn errors into two lines and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from dsv4 import __version__
+from dsv4.cli.terminal import Terminal
+from dsv4.core import env
+from dsv4.core.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    Dsv4Error,
+    KernelUnavailable,
+)
+
+OK, FAILED, USAGE, INVALID, HARDWARE, MEMORY, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+VERBS = {
+    "generate": "continue one prompt, streamed",
+    "chat": "hold a conversation",
+    "inspect": "what is in a checkpoint: layers, ratios, dtypes, bytes",
+    "verify": "is a checkpoint whole and sane",
+    "plan": "does it fit: memory of weights and KV cache",
+    "doctor": "will this machine run it",
+    "dump": "write named activations to a file",
+    "diff": "the first activation in which two dumps differ",
+    "convert": "write a checkpoint as BF16, or a slice of it",
+}
+EPILOG = """\
+MODEL is the folder of a checkpoint, or the word nano: the small model in the package.
+exit codes: 0 ok, 1 check failed, 2 usage, 3 model or checkpoint invalid, 4 hardware cannot,
+            5 out of memory, 130 interrupted
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs. Imports no torch."""
+    defaults = env.read()
+    parser = argparse.ArgumentParser(
+        "dsv4", description="DeepSeek-V4 inference.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"dsv4 {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, text in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, description=f"{text}.".capitalize())
+        import_module(f"dsv4.cli.{verb}").add_arguments(sub, defaults)
+        sub.add_argument("--quiet", action="store_true", default=defaults["DSV4_QUIET"],
+                         help="no progress and no statistics")  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    debug = os.environ.get("DSV4_DEBUG", "") not in ("", "0")
+    try:
+        for name, close in env.unknown().items():
+            hint = f"; did you mean {close}?" if close else ""
+            _say(f"warning: {name} is no variable of dsv4{hint}")
+        args = build_parser().parse_args(argv)
+        return import_module(f"dsv4.cli.{args.verb}").run(args, Terminal(args.quiet))
+    except SystemExit as e:  # argparse: help, version or usage
+        return e.code if isinstance(e.code, int) else USAGE
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout has gone; nothing can be written any more
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until exit
+        return FAILED
+    except Exception as e:
+        code = exit_code(e)
+        if code is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        _report(e)
+        return code
+
+
+def exit_code(error: Exception) -> int | None:
+    """The exit code of an error; None for one that is a defect of the program."""
+    if isinstance(error, (ConfigError, CheckpointError)):
+        return INVALID
+    if isinstance(error, KernelUnavailable):
+        return HARDWARE
+    if isinstance(error, (CapacityError, MemoryError)) or _is_out_of_memory(error):
+        return MEMORY
+    return USAGE if isinstance(error, (Dsv4Error, OSError)) else None
+
+
+def console() -> None:
+    """What the command `dsv4` runs."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets escapes, no error
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        code = code or FAILED
+    sys.exit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch raises RuntimeError for the CPU and a subclass named OutOfMemoryError for a GPU."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
+    )
+
+
+def _report(error: Exception) -> None:
+    text = str(error)
+    fix = getattr(error, "fix", "")
+    if not isinstance(error, Dsv4Error) and exit_code(error) == MEMORY:
+        text = f"out of memory: {text}" if text else "out of memory"
+        fix = "shorten the context, use a smaller --dtype or --keep-packed, or a larger machine"
+    _say(f"error: {text}")
+    if fix:
+        _say(f"fix: {fix}")
+
+
+def _say(text: str) -> None:
+    from dsv4.text.terminal import strip_control
+
+    print(strip_control(text), file=sys.stderr, flush=True)

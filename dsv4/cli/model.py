@@ -1,0 +1,224 @@
+"""From the word MODEL to a config, a checkpoint, a tokenizer and a running model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dsv4.cli.terminal import Terminal
+from dsv4.core.errors import CheckpointError, RequestError
+from dsv4.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsv4.core.config import ModelConfig
+
+NANO = "nano"
+DTYPES = ("float32", "bfloat16", "float64")
+MAX_JSON_BYTES = 1 << 20
+
+
+class Runner(Protocol):
+    """A model of any tier, one sequence at a time."""
+
+    config: ModelConfig
+
+    def new_cache(self) -> Any:
+        """An empty cache."""
+        ...
+
+    def forward(self, ids: Tensor, cache: Any, last_only: bool = False) -> Tensor:
+        """Append ids [T] to the cache; logits [T, V], or [1, V] of the last."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, and what it took.
+
+    model_ids stop ids of the model: end of sentence, and what generation_config.json adds
+    """
+
+    runner: Runner
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    name: str
+    load_s: float
+
+
+def add_runtime_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
+    """MODEL and the flags that choose how it runs."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or nano")
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--tier", type=int, choices=(0, 1), default=defaults["DSV4_TIER"],
+                       help="0: transformers, 1: the reference (default %(default)s)")  # fmt: skip
+    group.add_argument("--dtype", choices=DTYPES, default=defaults["DSV4_DTYPE"],
+                       help="of activations and weights (default %(default)s)")  # fmt: skip
+    group.add_argument("--simulate-kv-quant", choices=("on", "off"), default="off",
+                       help="tier 1: round the KV cache and indexer as the official cache does "
+                       "(default off)")  # fmt: skip
+    group.add_argument("--keep-packed", action="store_true",
+                       help="tier 1: keep experts quantised in memory; slower, far smaller")  # fmt: skip
+    group.add_argument("--max-context", type=int, default=defaults["DSV4_MAX_CONTEXT"], metavar="N",
+                       help="refuse longer prompts, stop there (default: the model's limit)")  # fmt: skip
+    group.add_argument("--threads", type=int, default=defaults["DSV4_THREADS"], metavar="N",
+                       help="CPU threads")  # fmt: skip
+
+
+def model_folder(name: str) -> Path:
+    """The folder that MODEL names; ./nano for a folder of that name."""
+    if name == NANO:
+        from dsv4.nano import path
+
+        return path()
+    if not Path(name).is_dir():
+        raise CheckpointError(
+            "folder", "", detail=f"{name} is no folder", fix="give a checkpoint folder, or: nano"
+        )
+    return Path(name)
+
+
+def model_config(name: str) -> ModelConfig:
+    """The config of MODEL, from config.json alone; `flash` and `pro` need no files."""
+    from dsv4.core.config import ModelConfig
+
+    if name in ("flash", "pro"):
+        return ModelConfig.flash() if name == "flash" else ModelConfig.pro()
+    raw = read_json(model_folder(name), "config.json")
+    return ModelConfig.from_hf(raw)
+
+
+def read_json(folder: Path, file: str) -> Any:
+    """A small JSON file of a checkpoint folder. Raises CheckpointError."""
+    from dsv4.loader.folder import open_folder, open_regular, read_small_file
+    from dsv4.loader.strict_json import parse_json
+
+    data = read_small_file(open_folder(folder), file, MAX_JSON_BYTES, open_regular)
+    return parse_json(data, file)
+
+
+def config_hash(config: ModelConfig) -> str:
+    """16 hex digits that two equal configs share."""
+    from dsv4.core.config_dialects import to_official
+
+    text = json.dumps(to_official(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of MODEL. Raises CheckpointError when it is not one of this model."""
+    tokenizer = Tokenizer.open(model_folder(name))
+    for what, ours, theirs in (
+        ("end of sentence", tokenizer.eos_id, config.eos_token_id),
+        ("begin of sentence", tokenizer.bos_id, config.bos_token_id),
+    ):
+        if ours != theirs:
+            raise _foreign_tokenizer(f"{what} {theirs}, as in config.json, got {ours}")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise _foreign_tokenizer(f"at most {config.vocab_size} ids, got {tokenizer.vocab_size}")
+    return tokenizer
+
+
+def stop_ids(folder: Path, config: ModelConfig) -> frozenset[int]:
+    """End of sentence, and the eos_token_id of generation_config.json: an id or a list."""
+    if not (folder / "generation_config.json").exists():
+        return frozenset((config.eos_token_id,))
+    raw = read_json(folder, "generation_config.json")
+    more = raw.get("eos_token_id", []) if isinstance(raw, dict) else None
+    ids = more if isinstance(more, list) else [more]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise CheckpointError(
+            "json", "generation_config.json", detail=f"eos_token_id: expected ids, got {more!r}",
+            fix="correct eos_token_id, or delete the file",
+        )  # fmt: skip
+    return frozenset((config.eos_token_id, *ids))
+
+
+def load_model(args: Namespace, terminal: Terminal) -> Loaded:
+    """Open MODEL, read its weights and build the tier that was asked for."""
+    _check_runtime(args)
+    start = time.perf_counter()
+    set_threads(args.threads)
+    from dsv4.loader import Checkpoint
+
+    folder = model_folder(args.model)
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = open_tokenizer(args.model, checkpoint.config)
+    for notice in checkpoint.notices:
+        terminal.note(f"note: {notice}")
+    with terminal.progress("loading") as progress:
+        weights = checkpoint.load(progress)
+    runner = _build(args, checkpoint.config, weights)
+    name = NANO if args.model == NANO else folder.resolve().name
+    load_s = time.perf_counter() - start
+    return Loaded(runner, tokenizer, stop_ids(folder, checkpoint.config), name, load_s)
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit torch to `threads` CPU threads."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise RequestError("threads", "1 or more", threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def context_limit(args: Namespace, config: ModelConfig) -> int:
+    """Tokens of prompt and answer together. Raises RequestError for an impossible --max-context."""
+    limit = config.max_position_embeddings
+    if args.max_context is None:
+        return limit
+    if not 1 <= args.max_context <= limit:
+        raise RequestError("max-context", f"1 to {limit:,}", args.max_context)
+    return args.max_context
+
+
+def check_prompt(ids: list[int], limit: int) -> None:
+    """Raises RequestError for an empty prompt, or one longer than the context limit."""
+    if not 1 <= len(ids) <= limit:
+        raise RequestError(
+            "prompt", f"1 to {limit:,} tokens", len(ids),
+            "shorten the prompt, or raise --max-context" if ids else "give a prompt",
+        )  # fmt: skip
+
+
+def _check_runtime(args: Namespace) -> None:
+    if args.tier == 0:
+        for flag, is_set in (
+            ("--simulate-kv-quant on", args.simulate_kv_quant == "on"),
+            ("--keep-packed", args.keep_packed),
+            ("--dtype float64", args.dtype == "float64"),
+        ):
+            if is_set:
+                raise RequestError("tier", f"1 for {flag}", 0, "use --tier 1")
+
+
+def _build(args: Namespace, config: ModelConfig, weights: dict[str, Any]) -> Runner:
+    import torch
+
+    dtype = getattr(torch, args.dtype)
+    if args.tier == 0:
+        from dsv4.cli.tier0 import TransformersModel
+
+        return TransformersModel(config, weights, dtype)
+    from dsv4.reference.model import ReferenceModel
+    from dsv4.reference.simulation import QuantSimulation
+
+    on = args.simulate_kv_quant == "on"
+    simulate = QuantSimulation.cache() if on else QuantSimulation()
+    return ReferenceModel(config, weights, dtype, simulate, args.keep_packed)
+
+
+def _foreign_tokenizer(detail: str) -> CheckpointError:
+    return CheckpointError(
+        "tokenizer", "tokenizer.json", detail=f"expected {detail}",
+        fix="take tokenizer.json and config.json from one model",
+    )  # fmt: skip

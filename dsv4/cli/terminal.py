@@ -1,0 +1,79 @@
+"""Where output goes: data to stdout, everything else to stderr, colour and bars to terminals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dsv4.text.terminal import strip_control
+
+Progress = Callable[[int, int, int, int], None]
+
+
+class Terminal:
+    """The two output streams of one command.
+
+    quiet         no notes, no progress
+    keep_control  print control characters of the model's text as they are
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.keep_control = False
+
+    def data(self, text: str, end: str = "\n") -> None:
+        """Print a result to stdout."""
+        text = text if self.keep_control else strip_control(text)
+        print(text, end=end, flush=True)
+
+    def json(self, value: Any) -> None:
+        """Print a result as JSON to stdout. NaN and infinity are refused."""
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2), flush=True)
+
+    def note(self, text: str) -> None:
+        """Print something about the run to stderr, unless quiet."""
+        if not self.quiet:
+            print(strip_control(text), file=sys.stderr, flush=True)
+
+    def reasoning(self, text: str) -> None:
+        """Print a piece of the model's reasoning to stderr, dimmed on a terminal."""
+        if self.quiet:
+            return
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        text = text if self.keep_control else strip_control(text)
+        console.print(text, style="dim", end="", markup=False, emoji=False)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Progress | None]:
+        """A bar "title, shard i of n, GB/s" on stderr; None when there is no terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+                   TransferSpeedColumn())  # fmt: skip
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=None)
+
+            def update(done: int, total: int, shard: int, num_shards: int) -> None:
+                text = f"{title}, shard {shard + 1} of {num_shards}"
+                bar.update(task, completed=done, total=total, description=text)
+
+            yield update
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as GiB, or MiB below a tenth of one."""
+    return (
+        f"{num_bytes / 2**30:.1f} GiB"
+        if num_bytes >= 2**30 / 10
+        else f"{num_bytes / 2**20:.1f} MiB"
+    )
