@@ -16,6 +16,7 @@ def _mixes(x: Tensor, fn: Tensor, eps: float) -> Tensor:
     return (flat @ fn.T) * rho
 
 
+@torch.compiler.disable  # unrolled, its 40 steps take the compiler minutes; eager they cost 25 ms
 def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     """Softmax over rows, then alternate column and row normalisations; [..., N, N] -> same."""
     comb = comb.softmax(-1) + eps

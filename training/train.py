@@ -57,8 +57,8 @@ class Stage:
     muon_lr: float = 0.01
     adamw_lr: float = 2e-3
     bias_speed: float = 0.01
-    sparse_from: float = 0.4
-    indexer_from: float = 0.2
+    sparse_from: float = 0.1
+    indexer_from: float = 0.0
     rounded_from: float = 0.85
 
 
@@ -94,7 +94,8 @@ class Trainer:
             for layer in self.model.layers:
                 layer.compile(dynamic=False)
         tokenizer = Tokenizer.open(NANO)
-        gates = build_gates(load_countries(NANO / "facts.json"))
+        countries = load_countries(NANO / "facts.json")
+        gates = build_gates(countries[:: 1 if self.is_gpu else 24])  # a CPU run is a smoke test
         self.gates = [GateTokens(g, tokenizer, self.device) for g in gates]
         self.thresholds = {g.name: g.threshold for g in gates}
         args.out.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--stop-at-gates", action="store_true")
     parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--evaluate-every", type=int, default=200)
+    parser.add_argument("--evaluate-every", type=int, default=100)
     Trainer(parser.parse_args()).run()
     return 0
 

@@ -64,9 +64,10 @@ def add_runtime_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> N
                        help="tier 1: round the KV cache and indexer as the official cache does "
                        "(default off)")  # fmt: skip
     group.add_argument("--keep-packed", action="store_true",
-                       help="tier 1: keep experts quantised in memory; slower, far smaller")  # fmt: skip
-    group.add_argument("--max-context", type=int, default=defaults["DSV4_MAX_CONTEXT"], metavar="N",
-                       help="refuse longer prompts, stop there (default: the model's limit)")  # fmt: skip
+                       help="tier 1: leave experts quantised in memory; slower")  # fmt: skip
+    group.add_argument("--max-context", type=int, default=defaults["DSV4_MAX_CONTEXT"],
+                       metavar="N", help="refuse longer prompts, stop there "
+                       "(default: the model's limit)")  # fmt: skip
     group.add_argument("--threads", type=int, default=defaults["DSV4_THREADS"], metavar="N",
                        help="CPU threads")  # fmt: skip
 
@@ -195,26 +196,25 @@ def _check_runtime(args: Namespace) -> None:
         for flag, is_set in (
             ("--simulate-kv-quant on", args.simulate_kv_quant == "on"),
             ("--keep-packed", args.keep_packed),
-            ("--dtype float64", args.dtype == "float64"),
+            (f"--dtype {args.dtype}", args.dtype != "float32"),
         ):
             if is_set:
                 raise RequestError("tier", f"1 for {flag}", 0, "use --tier 1")
 
 
 def _build(args: Namespace, config: ModelConfig, weights: dict[str, Any]) -> Runner:
-    import torch
-
-    dtype = getattr(torch, args.dtype)
     if args.tier == 0:
         from dsv4.cli.tier0 import TransformersModel
 
-        return TransformersModel(config, weights, dtype)
+        return TransformersModel(config, weights)
+    import torch
+
     from dsv4.reference.model import ReferenceModel
     from dsv4.reference.simulation import QuantSimulation
 
     on = args.simulate_kv_quant == "on"
     simulate = QuantSimulation.cache() if on else QuantSimulation()
-    return ReferenceModel(config, weights, dtype, simulate, args.keep_packed)
+    return ReferenceModel(config, weights, getattr(torch, args.dtype), simulate, args.keep_packed)
 
 
 def _foreign_tokenizer(detail: str) -> CheckpointError:

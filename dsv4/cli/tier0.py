@@ -19,6 +19,15 @@ from dsv4.core.taps import tap
 from dsv4.loader.convert import transformers_state_dict
 from dsv4.reference.quant import dequantize
 
+# Fields that both configs have under one name.
+_SAME = (
+    "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "head_dim", "q_lora_rank", "num_experts_per_tok", "n_routed_experts",
+    "n_shared_experts", "routed_scaling_factor", "max_position_embeddings", "rope_theta",
+    "compress_rope_theta", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "swiglu_limit",
+    "sliding_window", "o_groups", "o_lora_rank", "index_n_heads", "index_head_dim", "index_topk",
+    "rms_norm_eps", "bos_token_id", "eos_token_id",
+)  # fmt: skip
 _LAYER_TYPE = {
     LayerKind.SWA: "sliding_attention",
     LayerKind.CSA: "compressed_sparse_attention",
@@ -29,26 +38,22 @@ _LAYER_TYPE = {
 class TransformersModel:
     """transformers' model with our weights, dequantised. MTP blocks are left out: it has none.
 
-    config, weights, dtype  as of ReferenceModel; float32 or bfloat16
+    config, weights  as of ReferenceModel. Everything runs in FP32
     """
 
-    mtp: tuple[()] = ()
-
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor | BlockScaledTensor],
-        dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
-        self.config, self.dtype = config, dtype
+        self, config: ModelConfig, weights: Mapping[str, Tensor | BlockScaledTensor]
+    ) -> None:
+        self.config = config
         plain = {
-            name: dequantize(w, dtype) if isinstance(w, BlockScaledTensor) else w
+            name: dequantize(w) if isinstance(w, BlockScaledTensor) else w
             for name, w in weights.items()
             if not name.startswith("mtp.")
         }
-        state = {
-            name: x if not x.is_floating_point() else x.to(dtype)
-            for name, x in transformers_state_dict(plain).items()
-        }
-        self.model = _build(config, state)
+        state = transformers_state_dict(plain)
+        self.model = _build(config, {
+            name: x.float() if x.is_floating_point() else x for name, x in state.items()
+        })  # fmt: skip
         _add_taps(self.model)
 
     def new_cache(self) -> Any:
@@ -91,15 +96,8 @@ def transformers_config(config: ModelConfig) -> Any:
             "beta_slow": y.beta_slow, "attention_factor": 1.0,
             "original_max_position_embeddings": y.original_max_position_embeddings,
         }  # fmt: skip
-    same = (
-        "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads "
-        "head_dim q_lora_rank num_experts_per_tok n_routed_experts n_shared_experts "
-        "routed_scaling_factor max_position_embeddings rope_theta compress_rope_theta hc_mult "
-        "hc_sinkhorn_iters hc_eps swiglu_limit sliding_window o_groups o_lora_rank index_n_heads "
-        "index_head_dim index_topk rms_norm_eps bos_token_id eos_token_id"
-    ).split()
     return DeepseekV4Config(
-        **{name: getattr(c, name) for name in same},
+        **{name: getattr(c, name) for name in _SAME},
         **rotary,
         layer_types=[_LAYER_TYPE[c.layer_kind(j)] for j in range(L)],
         mlp_layer_types=["hash_moe" if c.is_hash_layer(j) else "moe" for j in range(L)],
@@ -120,9 +118,8 @@ def _build(config: ModelConfig, state: Mapping[str, Tensor]) -> Any:
         model = DeepseekV4ForCausalLM(hf_config)
     model.load_state_dict(dict(state), strict=True, assign=True)
     # The rotary tables are computed, not stored: make them anew, off the meta device.
-    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
-    for name, module in model.named_modules():
-        if getattr(module, "rotary_emb", None) is not None and name != "model":
+    for module in model.modules():
+        if hasattr(module, "rotary_emb"):
             module.rotary_emb = type(module.rotary_emb)(hf_config)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
@@ -134,14 +131,14 @@ def _build(config: ModelConfig, state: Mapping[str, Tensor]) -> Any:
 
 
 def _add_taps(model: nn.Module) -> None:
-    """Offer what transformers computes under the names of docs/taps.md; [1, T, ...] -> [T, ...]."""
+    """Offer what transformers computes under the names of docs/taps.md, without the batch dim."""
 
     def on(module: nn.Module, *names: str) -> None:
         def hook(_module: nn.Module, _args: object, out: Any) -> None:
             values = out if isinstance(out, tuple) else (out,)
             for name, value in zip(names, values, strict=False):
                 if name:
-                    tap(name, value[0] if value.dim() > 2 and value.shape[0] == 1 else value)
+                    tap(name, value[0] if value.dim() > 2 else value)
 
         module.register_forward_hook(hook)
 
@@ -153,6 +150,9 @@ def _add_taps(model: nn.Module) -> None:
                 f"{prefix}.hc_{which}.post",
                 f"{prefix}.hc_{which}.comb",
             )
+        compressor = getattr(layer.self_attn, "compressor", None)
+        if hasattr(compressor, "indexer"):
+            on(compressor.indexer, f"{prefix}.attn.indexer.topk")
         on(layer.self_attn, f"{prefix}.attn.out")
         on(layer.mlp.gate, "", f"{prefix}.ffn.router.weights", f"{prefix}.ffn.router.ids")
         on(layer.mlp, f"{prefix}.ffn.out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import inf
 
@@ -23,6 +23,7 @@ class TapResult:
     ok       whether it is within `limit`
     cos, rel_rms, max_abs   of floats: cosine, |a - b| / |a|, largest |a - b|; over what is finite
     num_differ, num_total   elements that differ: of sets and bitwise taps, or non-finite ones
+    num_skipped  rows not judged: their tokens chose otherwise before, see compare_dumps
     where    the place of the largest error, {"token": 4, "head": 17, "channel": 3}
     share    share of the squared error in the first places of `where` (all but the last)
     note     what else must be said, "" for nothing
@@ -37,6 +38,7 @@ class TapResult:
     max_abs: float | None = None
     num_differ: int = 0
     num_total: int = 0
+    num_skipped: int = 0
     where: dict[str, int] = field(default_factory=dict)
     share: float | None = None
     note: str = ""
@@ -73,6 +75,10 @@ def compare_dumps(
 ) -> DiffReport:
     """Compare every tap that both have and that matches one of `globs`.
 
+    A choice at a near tie (an expert, an index entry) may differ within its limit, and from there
+    on that token computes something else. Its rows are not judged in later taps; every result
+    counts them.
+
     Raises RequestError when the dumps are of different prompts or models, or share no tap.
     """
     for name, left, right in (
@@ -94,9 +100,10 @@ def compare_dumps(
                            f"{len(wanted_b)} with none in common")  # fmt: skip
     quants = (a.info.quant, b.info.quant)
     notes = () if quants[0] == quants[1] else (f"A imitates {quants[0]!r}, B {quants[1]!r}",)
+    forked: set[int] = set()
     return DiffReport(
         dtype,
-        tuple(_compare_tap(a, b, n, limits.rule(n), dtype) for n in common),
+        tuple(_compare_tap(a, b, n, limits.rule(n), dtype, forked) for n in common),
         tuple(n for n in wanted_a if n not in set(wanted_b)),
         tuple(n for n in wanted_b if n not in set(wanted_a)),
         notes,
@@ -106,6 +113,9 @@ def compare_dumps(
 def compare_tensors(name: str, a: Tensor, b: Tensor, rule: Limit, dtype: str) -> TapResult:
     """Compare two tensors of one name under `rule`, for runs in `dtype`."""
     limit = rule.of(dtype)
+    if rule.kind == "set" and a.shape[:-1] == b.shape[:-1] and a.dim():
+        width = max(a.shape[-1], b.shape[-1])  # one may list padding that the other leaves out
+        a, b = (torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1) for x in (a, b))
     if a.shape != b.shape:
         note = f"shapes differ: A {list(a.shape)}, B {list(b.shape)}"
         return TapResult(name, "shape", False, limit, note=note)
@@ -118,17 +128,35 @@ def compare_tensors(name: str, a: Tensor, b: Tensor, rule: Limit, dtype: str) ->
     return _compare_floats(name, a, b, rule, limit)
 
 
-def _compare_tap(a: TapDump, b: TapDump, name: str, rule: Limit, dtype: str) -> TapResult:
+def _compare_tap(
+    a: TapDump, b: TapDump, name: str, rule: Limit, dtype: str, forked: set[int]
+) -> TapResult:
+    """Compare one tap; the tokens whose choices differ in it join `forked`."""
     left, right = a.tensor(name), b.tensor(name)
+    skip = torch.zeros(len(left) if left.dim() else 0, dtype=torch.bool)
     ids_name = f"{name.rpartition('.')[0]}.{rule.by_ids}"
     if rule.by_ids and ids_name in a.names and ids_name in b.names:
         ids_left, ids_right = a.tensor(ids_name), b.tensor(ids_name)
         if left.shape == right.shape == ids_left.shape == ids_right.shape:
             left, right = _sort_by(left, ids_left), _sort_by(right, ids_right)
             # Where other ids were chosen there is nothing to compare: the ids' own tap says so.
-            same = (ids_left.sort(-1).values == ids_right.sort(-1).values).all(-1)
-            left, right = left[same], right[same]
-    return compare_tensors(name, left, right, rule, dtype)
+            skip[list(_rows_that_differ(ids_left, ids_right))] = True
+    if left.shape == right.shape and rule.axes[:1] == ("token",):
+        skip[[t for t in forked if t < len(skip)]] = True
+        left, right = left.clone(), right.clone()
+        left[skip] = right[skip] = 0
+    result = compare_tensors(name, left, right, rule, dtype)
+    result = replace(result, num_skipped=int(skip.sum()))
+    if result.kind == "set" and result.ok and result.num_differ:
+        forked |= _rows_that_differ(left, right)
+    return result
+
+
+def _rows_that_differ(a: Tensor, b: Tensor) -> set[int]:
+    """Rows of two lists of choices that are not the same set; padding and order mean nothing."""
+    size = max(a.shape[-1], b.shape[-1])
+    a, b = (torch.nn.functional.pad(x, (0, size - x.shape[-1]), value=-1) for x in (a, b))
+    return set((a.sort(-1).values != b.sort(-1).values).any(-1).nonzero()[:, 0].tolist())
 
 
 def _sort_by(x: Tensor, ids: Tensor) -> Tensor:
@@ -188,8 +216,9 @@ def _compare_floats(name: str, a: Tensor, b: Tensor, rule: Limit, limit: float) 
         error = (~agree).double()
     where, share = _blame(error, rule.axes)
     return TapResult(
-        name, "float", broken == 0 and rel <= limit, limit, cos, rel,
-        float(d.abs().max()) if d.numel() else 0.0, broken, a.numel(), where, share, note,
+        name, "float", broken == 0 and rel <= limit, limit, cos=cos, rel_rms=rel,
+        max_abs=float(d.abs().max()) if d.numel() else 0.0, num_differ=broken,
+        num_total=a.numel(), where=where, share=share, note=note,
     )  # fmt: skip
 
 

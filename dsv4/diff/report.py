@@ -24,6 +24,10 @@ def to_text(report: DiffReport, only_failures: bool = False) -> str:
         if r is first:
             lines += [f"       {line}" for line in _blame_lines(report, r)]
     lines += [f"note: {n}" for n in report.notes]
+    skipped = max((r.num_skipped for r in report.results), default=0)
+    if skipped:
+        lines.append(f"note: {skipped} tokens chose otherwise within a limit, and are not judged "
+                     "behind that choice")  # fmt: skip
     for which, names in (("A", report.only_a), ("B", report.only_b)):
         if names:
             more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""

@@ -125,7 +125,7 @@ def open_file(folder: Path, name: str, opener: Opener) -> tuple[BinaryIO, FileId
     return file, FileIdentity.of(info)
 
 
-def read_small_file(folder: Path, name: str, max_bytes: int, opener: Opener) -> bytes:
+def read_small_file(folder: Path, name: str, max_bytes: int, opener: Opener) -> bytearray:
     """All bytes of a JSON file. Raises CheckpointError "too_large" past `max_bytes`."""
     file, identity = open_file(folder, name, opener)
     with file:
@@ -134,7 +134,7 @@ def read_small_file(folder: Path, name: str, max_bytes: int, opener: Opener) -> 
             raise CheckpointError("too_large", name, "", detail, DOWNLOAD_FIX)
         buffer = bytearray(identity.size)
         read_exactly(file, memoryview(buffer), name)
-    return bytes(buffer)
+    return buffer
 
 
 def read_exactly(file: BinaryIO, buffer: memoryview, name: str, tensor: str = "") -> None:

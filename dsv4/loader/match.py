@@ -67,14 +67,9 @@ def match_tensors(
     problems += limited(_unexpected(t, config) for t in unexpected)
     problems += limited(_missing(s, stored) for name, s in expected.items() if name not in named)
     sources: dict[str, Source] = {}
-    for name, spec in expected.items():
-        if name in named:
-            found = _compare(spec, named[name], config, dialect)
-            problems += found if isinstance(found, list) else []
-            if isinstance(found, Source):
-                sources[name] = found
-    problems += _mixed_dtypes(sources)
-    return Match(config, dialect, sources, limited(problems), notices)
+    problems += limited(_compare_all(expected, named, config, dialect, sources))
+    problems += limited(_mixed_dtypes(sources))
+    return Match(config, dialect, sources, problems, notices)
 
 
 def detect_dialect(names: Iterable[str]) -> str:
@@ -99,11 +94,11 @@ def _check_count(c: ModelConfig) -> None:
 def _drop_draft_stages(
     config: ModelConfig, stored: Mapping[str, StoredTensor], dialect: str, notices: list[str]
 ) -> tuple[dict[str, StoredTensor], ModelConfig]:
-    drafts = [name for name in stored if re.match(r"mtp\.\d{1,2}\.", name)]
+    drafts = {n for n in stored if n.startswith("mtp.") and re.match(r"mtp\.\d{1,2}\.", n)}
     if config.dspark_block_size:
         if drafts:
             notices.append(f"DSpark draft stages skipped: {len(drafts):,} tensors")
-        return {name: t for name, t in stored.items() if name not in set(drafts)}, config
+        return {name: t for name, t in stored.items() if name not in drafts}, config
     if dialect == "transformers" and config.num_nextn_predict_layers and not drafts:
         notices.append("no MTP block: transformers does not save it")
         config = replace(config, num_nextn_predict_layers=0)
@@ -145,10 +140,11 @@ def _official_names(
     named: dict[str, _Part] = {}
     unexpected: list[StoredTensor] = []
     problems: list[CheckpointProblem] = []
+    if dialect == "official":
+        named = {name: (t, 0, 1) for name, t in stored.items() if name in expected}
+        return named, [t for name, t in stored.items() if name not in expected], []
     for name, t in stored.items():
-        officials: tuple[str | None, ...] = (name,)
-        if dialect == "transformers":
-            officials = stacked_experts(name, config.n_routed_experts) or (to_official(name),)
+        officials = stacked_experts(name, config.n_routed_experts) or (to_official(name),)
         if any(x not in expected for x in officials):
             unexpected.append(t)
             continue
@@ -160,6 +156,23 @@ def _official_names(
                 break
             named[str(official)] = (t, index, len(officials))
     return named, unexpected, problems
+
+
+def _compare_all(
+    expected: Mapping[str, TensorSpec],
+    named: Mapping[str, _Part],
+    config: ModelConfig,
+    dialect: str,
+    sources: dict[str, Source],
+) -> Iterator[CheckpointProblem]:
+    """Fill `sources`; yield what is wrong with the others."""
+    for name, spec in expected.items():
+        if name in named:
+            found = _compare(spec, named[name], config, dialect)
+            if isinstance(found, Source):
+                sources[name] = found
+            else:
+                yield from found
 
 
 def _compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from dsv4.core.errors import CheckpointError
@@ -15,7 +16,8 @@ class _DuplicateKeyError(ValueError):
     pass
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of a JSON object. Raises a ValueError that parse_json reports for a repeated key."""
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()
@@ -30,15 +32,19 @@ def _no_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
-def parse_json(data: bytes, file: str) -> Any:
-    """The value of UTF-8 JSON `data`.
+def parse_json(
+    data: bytes | bytearray,
+    file: str,
+    make_object: Callable[[list[tuple[str, Any]]], Any] = unique_keys,
+) -> Any:
+    """The value of UTF-8 JSON `data`; every object in it is what `make_object` makes of its pairs.
 
     Raises CheckpointError: "duplicate" for a repeated key, "json" for anything else that is not
     plain JSON, nesting too deep for the parser included.
     """
     try:
         return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+            data.decode("utf-8"), object_pairs_hook=make_object, parse_constant=_no_constant
         )
     except _DuplicateKeyError as error:
         key = printable(error)

@@ -207,9 +207,8 @@ def nvfp4_quantize(
     """
     _check_weight(w)
     blocks = _groups(w, NVFP4.block[1])
-    if global_scale is None:
-        global_scale = nvfp4_global_scale(w)
-    share = global_scale.to(device=w.device, dtype=torch.float32).reshape(())
+    share = nvfp4_global_scale(w) if global_scale is None else global_scale
+    share = share.to(device=w.device, dtype=torch.float32).reshape(())
     if not (bool(share > 0) and bool(share.isfinite())):
         raise ValueError(f"global_scale: expected a positive finite number, got {share.item()}")
     ratio = _amax(blocks) / (FP4_MAX * share)

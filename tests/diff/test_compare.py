@@ -122,6 +122,59 @@ def test_sets(a, b, differ, total):
     assert (result.num_differ, result.num_total, result.ok) == (differ, total, differ == 0)
 
 
+def test_a_shorter_list_of_choices_is_padded(compare):
+    b = taps()
+    b["layers.2.attn.indexer.topk"] = torch.nn.functional.pad(
+        b["layers.2.attn.indexer.topk"], (0, 3), value=-1
+    )
+    assert compare(b).first_divergence is None
+    assert compare(taps(), a=b).first_divergence is None
+    b["layers.2.attn.indexer.topk"][1, -1] = 70
+    assert compare(b).first_divergence.num_differ == 1
+
+
+def many_tokens():
+    g = torch.Generator().manual_seed(1)
+    return {
+        "layers.0.attn.out": torch.randn(1000, 8, generator=g),
+        "layers.0.ffn.router.ids": torch.rand(1000, 16, generator=g).argsort(1)[:, :3],
+        "layers.0.streams": torch.randn(1000, 4, 8, generator=g),
+        "layers.1.attn.compressed": torch.randn(250, 8, generator=g),
+    }
+
+
+def test_a_token_that_chose_otherwise_within_the_limit_is_not_judged_any_more(compare):
+    a, b = many_tokens(), many_tokens()
+    b["layers.0.ffn.router.ids"][7, 0] = 99
+    b["layers.0.streams"][7] += 5
+    report = compare(b, a=a)
+    assert report.first_divergence is None
+    by_name = {r.name: r for r in report.results}
+    assert by_name["layers.0.attn.out"].num_skipped == 0
+    assert by_name["layers.0.streams"].num_skipped == 1
+    assert by_name["layers.1.attn.compressed"].num_skipped == 0  # its rows are entries
+    assert "1 tokens chose otherwise within a limit" in to_text(report)
+
+
+def test_other_tokens_and_earlier_taps_are_still_judged(compare):
+    a, b = many_tokens(), many_tokens()
+    b["layers.0.ffn.router.ids"][7, 0] = 99
+    b["layers.0.streams"][8] += 5
+    assert compare(b, a=a).first_divergence.where["token"] == 8
+    b = many_tokens()
+    b["layers.0.ffn.router.ids"][7, 0] = 99
+    b["layers.0.attn.out"][7] += 5
+    assert compare(b, a=a).first_divergence.name == "layers.0.attn.out"
+
+
+def test_choices_outside_the_limit_excuse_nothing(compare):
+    a, b = many_tokens(), many_tokens()
+    b["layers.0.ffn.router.ids"][:100, 0] = 99
+    b["layers.0.streams"][7] += 5
+    bad = [r.name for r in compare(b, a=a).results if not r.ok]
+    assert bad == ["layers.0.ffn.router.ids", "layers.0.streams"]
+
+
 def test_router_weights_follow_their_ids(compare):
     b = taps()
     for part in ("ids", "weights"):
@@ -135,8 +188,12 @@ def test_router_weights_of_other_experts_are_left_to_the_ids(compare):
     b = taps()
     b["layers.2.ffn.router.ids"][1, 0] = 99
     b["layers.2.ffn.router.weights"][1] = 0
-    bad = [r.name for r in compare(b).results if not r.ok]
-    assert bad == ["layers.2.ffn.router.ids"]
+    report = compare(b)
+    assert [r.name for r in report.results if not r.ok] == ["layers.2.ffn.router.ids"]
+    assert {r.name: r.num_skipped for r in report.results}["layers.2.ffn.router.weights"] == 1
+    b["layers.2.ffn.router.weights"][4, 2] += 1
+    worst = {r.name: r for r in compare(b).results}["layers.2.ffn.router.weights"]
+    assert worst.where["token"] == 4
 
 
 def test_nan_is_a_divergence_and_is_counted(compare):

@@ -79,11 +79,16 @@ def test_kv_page_layout_and_values(head_dim: int, num_entries: int) -> None:
     assert_bits_equal("page", kr.kv_page_unpack(page, num_entries, head_dim), simulated(kv))
 
 
-def test_kv_page_of_a_pool_slice_with_an_odd_offset() -> None:
-    kv = vectors(2, 512)
-    pool = torch.zeros(1 + KvRecord().page_bytes(2), dtype=torch.uint8)
+@pytest.mark.parametrize("num_entries", [1, 2])
+def test_pages_of_a_pool_slice_with_an_odd_offset(num_entries: int) -> None:
+    kv = vectors(num_entries, 512)
+    pool = torch.zeros(1 + KvRecord().page_bytes(num_entries), dtype=torch.uint8)
     pool[1:] = kr.kv_page_pack(kv)
-    assert_bits_equal("page", kr.kv_page_unpack(pool[1:], 2), simulated(kv))
+    assert_bits_equal("page", kr.kv_page_unpack(pool[1:], num_entries), simulated(kv))
+    pool = torch.zeros(1 + 132 * num_entries, dtype=torch.uint8)
+    pool[1:] = kr.index_page_pack(kv[:, :128], "fp8")
+    keys = kr.index_page_unpack(pool[1:], num_entries, "fp8")
+    assert_bits_equal("keys", keys, simulated_key(kv[:, :128], "fp8"))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

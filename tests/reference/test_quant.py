@@ -78,6 +78,8 @@ def test_e4m3_round_agrees_with_the_table_at_every_code_and_midpoint(device: str
     x = probes(E4M3_POSITIVE)
     got = as_codes(q.e4m3_round(torch.from_numpy(x).to(device)))
     np.testing.assert_array_equal(got, nearest(x, E4M3_POSITIVE))
+    infinite = torch.tensor([torch.inf, -torch.inf], device=device)
+    assert as_codes(q.e4m3_round(infinite)).tolist() == [0x7E, 0xFE]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -194,8 +196,8 @@ def test_simulate_mxfp4_agrees_with_numpy(device: str, dtype: torch.dtype) -> No
 
 def test_simulate_index_fp8_has_one_scale_a_row() -> None:
     x = torch.zeros(2, 128)
-    x[:, 0], x[:, 100] = 448.0, 0.01  # alone in a group, 0.01 would keep two digits
-    assert q.simulate_index_fp8(x)[:, [0, 100]].tolist() == [[448.0, 0.009765625]] * 2
+    x[:, 0], x[:, 100] = 448.0, 0.011  # alone in a group, 0.011 would become 0.0107421875
+    assert q.simulate_index_fp8(x)[:, [0, 100]].tolist() == [[448.0, 0.01171875]] * 2
     assert_bits_equal("row", q.simulate_index_fp8(x), q.simulate_fp8(x, 128))
 
 
@@ -344,7 +346,7 @@ def test_mxfp4_to_nvfp4_changes_no_value() -> None:
 def test_mxfp4_to_nvfp4_refuses_what_does_not_fit() -> None:
     w = torch.ones(1, 96)
     w[0, 32:64] = 2.0**-17
-    w[0, 64:] = 0  # scale 2^-126, but nothing to lose
+    w[0, 64:] = -0.0  # scale 2^-126, but nothing to lose
     t = q.mxfp4_quantize(w)
     assert_bits_equal("17 powers", q.dequantize(q.mxfp4_to_nvfp4(t)), q.dequantize(t))
     w[0, 32:64] = 2.0**-18
@@ -436,6 +438,8 @@ def test_as_exact_as_allows_twice_the_error_and_no_more() -> None:
         assert_as_exact_as("x", (exact + 2.1 * off).float(), same, exact)
     assert_as_exact_as("x", (exact + 2.9 * off).float(), same, exact, factor=3)
     assert_as_exact_as("x", exact.float(), exact.float(), exact)
+    one_place_up = torch.nextafter(exact.float(), torch.tensor(9.0))
+    assert_as_exact_as("x", one_place_up, exact.float(), exact)
     assert_as_exact_as("empty", torch.zeros(0), torch.zeros(0), torch.zeros(0).double())
     for bad in (float("nan"), float("inf")):
         with pytest.raises(AssertionError, match=r"x\[1\]"):

@@ -1,0 +1,169 @@
+"""Where every byte of the cache lies: offsets and strides per layer, from the config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4.core.config import LayerKind, ModelConfig
+from dsv4.core.errors import RequestError
+from dsv4.core.kv_layout import (
+    DEFAULT_PAGE_TOKENS,
+    FP32_BYTES,
+    LAYOUT_VERSION,
+    IndexKeys,
+    IndexRecord,
+    KvRecord,
+    check_index_keys,
+    check_page_tokens,
+)
+
+ALIGNMENT = 128  # bytes; every region starts on one, so that any vector load is aligned
+
+
+@dataclass(frozen=True)
+class Region:
+    """`count` rows of `stride` bytes from `offset` in one of the two allocations."""
+
+    offset: int
+    stride: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """First byte after the region."""
+        return self.offset + self.stride * self.count
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """FP32 rows of a compressor: [2 (kappa, gamma), rows, width] for each slot.
+
+    rows   2 r for CSA (the previous and the open window), r for HCA; token p is row p mod rows
+    width  channels of a row, both halves for CSA
+    """
+
+    rows: int
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one slot."""
+        return 2 * self.rows * self.width * FP32_BYTES
+
+
+@dataclass(frozen=True)
+class LayerSchema:
+    """The regions of one layer; those a kind does not have are None.
+
+    layer        0 .. L - 1 for the trunk, then the MTP blocks
+    window       states: ring of `sliding_window` KV records for each slot; token p is row p mod W
+    state        states: rows of the main compressor for each slot
+    index_state  states: rows of the indexer's compressor (CSA)
+    entries      pages: KV records of compressed entries, `entries_per_page` in each
+    index_keys   pages: indexer keys (CSA), as many
+    """
+
+    layer: int
+    kind: LayerKind
+    window: Region
+    entries_per_page: int
+    state: Region | None = None
+    state_shape: StateShape | None = None
+    index_state: Region | None = None
+    index_state_shape: StateShape | None = None
+    entries: Region | None = None
+    index_keys: Region | None = None
+
+
+@dataclass(frozen=True)
+class CacheSchema:
+    """Byte layout of a whole cache.
+
+    num_pages    pages, the null page included; one page number covers `page_tokens` tokens of
+                 every layer
+    num_slots    requests that can be resident at once
+    page_bytes   size of the paged allocation
+    state_bytes  size of the state allocation
+    """
+
+    config: ModelConfig
+    num_pages: int
+    num_slots: int
+    page_tokens: int
+    index_keys: IndexKeys
+    layers: tuple[LayerSchema, ...]
+    page_bytes: int
+    state_bytes: int
+    layout_version: int = LAYOUT_VERSION
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        *,
+        num_pages: int,
+        num_slots: int,
+        page_tokens: int = DEFAULT_PAGE_TOKENS,
+        index_keys: IndexKeys = "fp8",
+    ) -> CacheSchema:
+        """Lay out a cache. Raises RequestError for a page size or key format that is not served."""
+        check_page_tokens(page_tokens)
+        check_index_keys(index_keys)
+        for name, value in (("num_pages", num_pages), ("num_slots", num_slots)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RequestError(name, "a positive integer", value)
+        pages, states = _Allocation(num_pages), _Allocation(num_slots)
+        blocks = 0 if config.dspark_block_size else config.num_nextn_predict_layers
+        layers = tuple(
+            _lay_out(config, j, page_tokens, index_keys, pages, states)
+            for j in range(config.num_hidden_layers + blocks)
+        )
+        return cls(
+            config, num_pages, num_slots, page_tokens, index_keys, layers, pages.end, states.end
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both allocations."""
+        return self.page_bytes + self.state_bytes
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens."""
+        return -(-tokens // self.page_tokens)
+
+
+class _Allocation:
+    """Hands out aligned regions one after the other."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.end = count, 0
+
+    def region(self, stride: int) -> Region:
+        offset = -(-self.end // ALIGNMENT) * ALIGNMENT
+        region = Region(offset, stride, self.count)
+        self.end = region.end
+        return region
+
+
+def _lay_out(
+    config: ModelConfig, layer: int, page_tokens: int, index_keys: IndexKeys,
+    pages: _Allocation, states: _Allocation,
+) -> LayerSchema:  # fmt: skip
+    kind, record = config.layer_kind(layer), KvRecord.of(config)
+    window = states.region(record.page_bytes(config.sliding_window))
+    if kind is LayerKind.SWA:
+        return LayerSchema(layer, kind, window, 0)
+    r, n = kind.ratio, page_tokens // kind.ratio
+    entries = pages.region(record.page_bytes(n))
+    if kind is LayerKind.HCA:
+        shape = StateShape(r, config.head_dim)
+        return LayerSchema(
+            layer, kind, window, n, states.region(shape.nbytes), shape, entries=entries
+        )
+    shape = StateShape(2 * r, 2 * config.head_dim)
+    index_shape = StateShape(2 * r, 2 * config.index_head_dim)
+    return LayerSchema(
+        layer, kind, window, n, states.region(shape.nbytes), shape,
+        states.region(index_shape.nbytes), index_shape, entries,
+        pages.region(IndexRecord.of(config, index_keys).page_bytes(n)),
+    )  # fmt: skip

@@ -1,0 +1,138 @@
+"""`dsv4 chat`: a conversation, with /commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv4.cli.model import add_runtime_arguments, check_prompt, context_limit, load_model
+from dsv4.cli.prompt import add_sampling_arguments, sampling_params
+from dsv4.cli.terminal import Terminal, gib
+from dsv4.core.errors import RequestError
+from dsv4.text.chat import THINKING, Message, encode_chat
+
+if TYPE_CHECKING:
+    from dsv4.cli.session import Session
+
+SCHEMA = 1
+HELP = """\
+/think off|low|high|max  how much to reason before an answer
+/read FILE               send the text of a file as your message
+/save FILE               write the conversation as JSON
+/stats                   speed and size of the last answer
+/help                    this text
+/quit                    leave (also end of input)
+Ctrl-C stops the answer, a second one leaves."""
+
+
+def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
+    """Flags of the verb."""
+    add_runtime_arguments(parser, defaults)
+    add_sampling_arguments(parser, max_tokens=512)
+    parser.add_argument("--think", choices=THINKING, default="off",
+                        help="how much to reason first (default off)")  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--keep-control-chars", action="store_true",
+                        help="print escape sequences of the model as they are")  # fmt: skip
+
+
+def run(args: Namespace, terminal: Terminal) -> int:
+    """Exit code: 0, 130 when interrupted at the prompt."""
+    terminal.keep_control = args.keep_control_chars
+    chat = Chat(args, terminal)
+    terminal.note("/help lists the commands")
+    while (line := _read_line()) is not None:
+        if not chat.handle(line):
+            break
+    return 0
+
+
+class Chat:
+    """One conversation and the model that holds it."""
+
+    def __init__(self, args: Namespace, terminal: Terminal) -> None:
+        params = sampling_params(args)
+        loaded = load_model(args, terminal)
+        from dsv4.cli.session import Session
+
+        self.terminal, self.params, self.thinking = terminal, params, args.think
+        self.limit = context_limit(args, loaded.runner.config)
+        self.session: Session = Session(loaded.runner, loaded.tokenizer, loaded.stop_ids)
+        self.messages = [Message("system", args.system)] if args.system is not None else []
+
+    def handle(self, line: str) -> bool:
+        """Run a command or answer a message; False to leave. Errors are told, not raised."""
+        word, _, rest = line.strip().partition(" ")
+        try:
+            if word == "/quit":
+                return False
+            if word.startswith("/"):
+                self._command(word, rest.strip())
+            elif line.strip():
+                self.answer(line.strip())
+        except (RequestError, OSError, UnicodeDecodeError) as e:
+            fix = getattr(e, "fix", "")
+            self.terminal.note(f"error: {e}" + (f"\nfix: {fix}" if fix else ""))
+        return True
+
+    def _command(self, word: str, rest: str) -> None:
+        if word == "/help":
+            self.terminal.note(HELP)
+        elif word == "/think":
+            if rest not in THINKING:
+                raise RequestError("/think", f"one of {', '.join(THINKING)}", rest)
+            self.thinking = rest
+        elif word == "/read":
+            self.answer(Path(rest).read_text("utf-8"))
+        elif word == "/save":
+            conversation = {"schema": SCHEMA, "messages": [asdict(m) for m in self.messages]}
+            Path(rest).write_text(json.dumps(conversation, ensure_ascii=False, indent=2), "utf-8")
+            self.terminal.note(f"saved to {rest}")
+        elif word == "/stats":
+            from dsv4.cli.session import peak_bytes
+
+            self.terminal.note(f"{self.session.stats.line()} | peak {gib(peak_bytes())}")
+        else:
+            raise RequestError("command", "one that /help lists", word)
+
+    def answer(self, text: str) -> None:
+        """Add a user's message, stream the answer, keep both; neither when there is an error."""
+        turns = [*self.messages, Message("user", text)]
+        session = self.session
+        ids = encode_chat(session.tokenizer, turns, self.thinking)
+        check_prompt(ids, self.limit)
+        joined = {"reasoning": "", "text": ""}
+        with session.interrupt.watch():
+            for step in session.generate(ids, self.params, self.limit, self.thinking != "off"):
+                self._show(step.pieces, joined)
+        self._show(session.answer.close("interrupted"), joined)
+        self.terminal.data("")
+        finish = session.answer.finish
+        if finish is not None and finish.reason != "stop":
+            self.terminal.note(f"[{finish.reason}]")
+        answer = Message("assistant", joined["text"], joined["reasoning"])
+        self.messages = [*turns, answer]
+
+    def _show(self, pieces: list[tuple[str, str]], joined: dict[str, str]) -> None:
+        for kind, text in pieces:
+            if kind == "reasoning":
+                self.terminal.reasoning(text)
+            else:
+                if joined["reasoning"] and not joined["text"]:
+                    self.terminal.reasoning("\n")
+                self.terminal.data(text, end="")
+            joined[kind] += text
+
+
+def _read_line() -> str | None:
+    """The next line of the user, None at the end of input."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline() or None
+    try:
+        return input("> ")
+    except EOFError:
+        return None

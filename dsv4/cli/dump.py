@@ -1,0 +1,85 @@
+"""`dsv4 dump`: write named activations to a file."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from dsv4.cli.model import (
+    Loaded,
+    add_runtime_arguments,
+    check_prompt,
+    config_hash,
+    context_limit,
+    load_model,
+)
+from dsv4.cli.prompt import add_prompt_arguments, prompt_text, read_ids, render_prompt
+from dsv4.cli.terminal import Terminal, gib
+from dsv4.core.errors import RequestError
+
+
+def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
+    """Flags of the verb."""
+    add_runtime_arguments(parser, defaults)
+    add_prompt_arguments(parser)
+    parser.add_argument("--ids", metavar="1,2,3|@FILE", help="token ids instead of a text")
+    parser.add_argument("--taps", default="*", metavar="GLOB[,GLOB]",
+                        help="which activations, see docs/taps.md (default all)")  # fmt: skip
+    parser.add_argument("--chunk", type=int, metavar="N",
+                        help="feed N tokens at a time (default: all at once)")  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
+
+
+def run(args: Namespace, terminal: Terminal) -> int:
+    """Exit code 0."""
+    if args.chunk is not None and args.chunk < 1:
+        raise RequestError("chunk", "1 or more", args.chunk)
+    if not Path(args.out).parent.is_dir():
+        raise RequestError("out", "a file in a folder that exists", args.out)
+    ids = read_ids(args.ids) if args.ids is not None else None
+    if ids is not None and any(x is not None for x in (args.prompt, args.file, args.stdin)):
+        raise RequestError("ids", "no prompt beside it", args.ids)
+    prompt = render_prompt(args, prompt_text(args)) if ids is None else None
+    loaded = load_model(args, terminal)
+    if prompt is not None:
+        ids = prompt.encode(loaded.tokenizer)
+    assert ids is not None
+    config = loaded.runner.config
+    check_prompt(ids, context_limit(args, config))
+    from dsv4.core.taps import capture
+    from dsv4.diff.dump import DumpInfo, write_dump
+
+    with capture(g.strip() for g in args.taps.split(",")) as captured:
+        _forward(loaded, ids, args.chunk or len(ids))
+    tensors = captured.tensors()
+    if not tensors:
+        raise RequestError("taps", "globs that match a tap", args.taps, "docs/taps.md lists them")
+    quant = "cache" if args.simulate_kv_quant == "on" else ""
+    info = DumpInfo(args.tier, args.dtype, loaded.name, config_hash(config), tuple(ids), quant)
+    write_dump(args.out, tensors, info)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    terminal.note(f"{len(tensors)} taps of {len(ids)} tokens, {gib(size)}, in {args.out}")
+    return 0
+
+
+def _forward(loaded: Loaded, ids: list[int], chunk: int) -> None:
+    """Run the prompt, and the MTP block on all but its last position."""
+    import torch
+
+    from dsv4.reference.model import ReferenceModel
+
+    runner, cache = loaded.runner, loaded.runner.new_cache()
+    parts = torch.tensor(ids).split(chunk)
+    if not isinstance(runner, ReferenceModel):
+        for part in parts:
+            runner.forward(part, cache)
+        return
+    streams = []
+    for part in parts:
+        streams.append(runner.forward_streams(part, cache))
+        runner.logits(streams[-1])
+    if len(ids) > 1:
+        for block in range(len(runner.mtp)):
+            following = torch.tensor(ids[1:])
+            runner.forward_mtp(torch.cat(streams)[:-1], following, cache, block)

@@ -1,0 +1,104 @@
+"""Flags of prompts and sampling, shared by the verbs that run a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from dsv4.core.errors import RequestError
+from dsv4.core.sampling import SamplingParams
+from dsv4.text.chat import THINKING, Message, RenderedPrompt, render_chat
+from dsv4.text.special import BOS
+
+
+def add_prompt_arguments(parser: ArgumentParser) -> None:
+    """-p, -f or -, and how the text becomes a prompt."""
+    group = parser.add_argument_group("prompt (one of)")
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="the text itself")
+    group.add_argument("-f", "--file", metavar="FILE", help="a text file in UTF-8; - is stdin")
+    group.add_argument("stdin", nargs="?", choices=("-",), metavar="-", help="read stdin")
+    kind = parser.add_argument_group("what the text is")
+    kind.add_argument("--raw", action="store_true", help="text to continue (the default)")
+    kind.add_argument("--chat", action="store_true", help="a user's message, answered directly")
+    kind.add_argument("--think", choices=THINKING,
+                      help="a user's message; how much to reason first")  # fmt: skip
+    kind.add_argument("--system", metavar="TEXT", help="system message of the chat")
+
+
+def add_sampling_arguments(parser: ArgumentParser, max_tokens: int) -> None:
+    """The core six, stops and length. Greedy unless --temp is given."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temp", type=float, default=0.0, help="0 is greedy (default 0)")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--top-k", type=int, default=0, help="0 keeps all")
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--seed", type=int, help="makes sampling repeatable")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                       help="end the answer at TEXT; may be given several times")  # fmt: skip
+    group.add_argument("--stop-id", action="append", default=[], type=int, metavar="ID",
+                       help="end the answer at a token id; may be given several times")  # fmt: skip
+    group.add_argument("--ignore-eos", action="store_true", help="go on after end of sentence")
+    group.add_argument("-n", "--max-tokens", type=int, default=max_tokens,
+                       help="tokens to generate at most (default %(default)s)")  # fmt: skip
+
+
+def sampling_params(args: Namespace) -> SamplingParams:
+    """The SamplingParams of the flags. Raises RequestError."""
+    return SamplingParams(
+        temperature=args.temp, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p,
+        seed=args.seed, max_tokens=args.max_tokens, stop=tuple(args.stop),
+        stop_token_ids=tuple(args.stop_id), ignore_eos=args.ignore_eos,
+    )  # fmt: skip
+
+
+def prompt_text(args: Namespace) -> str:
+    """The text of -p, -f or -. Raises RequestError unless there is exactly one."""
+    given = [x for x in (args.prompt, args.file, args.stdin) if x is not None]
+    if len(given) != 1:
+        raise RequestError("prompt", "one of -p TEXT, -f FILE and -", f"{len(given)} of them")
+    if args.prompt is not None:
+        return args.prompt
+    is_stdin = args.stdin or args.file == "-"
+    try:
+        return sys.stdin.read() if is_stdin else Path(args.file).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        where = "stdin" if is_stdin else args.file
+        raise RequestError("prompt", f"UTF-8 in {where}", str(e), "convert it to UTF-8") from e
+
+
+def is_chat(args: Namespace) -> bool:
+    """Whether the text is a message. Raises RequestError for flags that contradict each other."""
+    chat = args.chat or args.think is not None
+    if args.raw and chat:
+        raise RequestError("raw", "no --chat or --think beside it", True)
+    if args.system is not None and not chat:
+        raise RequestError("system", "--chat or --think beside it", args.system)
+    return chat
+
+
+def render_prompt(args: Namespace, text: str) -> RenderedPrompt:
+    """The prompt that the flags make of `text`."""
+    if not is_chat(args):
+        return RenderedPrompt(((True, BOS), (False, text)))
+    messages = [Message("user", text)]
+    if args.system is not None:
+        messages.insert(0, Message("system", args.system))
+    return render_chat(messages, args.think or "off")
+
+
+def read_ids(text: str) -> list[int]:
+    """Token ids of "1,2,3" or of "@FILE", a JSON list or an object with a list "ids"."""
+    try:
+        if text.startswith("@"):
+            raw: Any = json.loads(Path(text[1:]).read_text("utf-8"))
+            raw = raw.get("ids") if isinstance(raw, dict) else raw
+        else:
+            raw = [int(x) for x in text.split(",")]
+    except ValueError as e:
+        raise RequestError("ids", "1,2,3 or @FILE with a JSON list", text, str(e)) from e
+    if not isinstance(raw, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in raw):
+        raise RequestError("ids", "a list of integers", str(raw)[:60])
+    return raw
