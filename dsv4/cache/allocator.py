@@ -39,7 +39,7 @@ class PageAllocator:
         return self._owners[page]
 
     def take(self, n: int) -> list[int]:
-        """Take `n` pages with one owner each. Raises CapacityError, and takes none, if n are not free."""
+        """Take `n` pages with one owner each. Raises CapacityError, taking none, if too few are."""
         if n < 0:
             raise RequestError("n", "at least 0", n)
         if n > len(self._free):

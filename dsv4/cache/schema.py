@@ -17,6 +17,7 @@ from dsv4.core.kv_layout import (
     check_page_tokens,
 )
 
+TAG_TOKENS = LayerKind.CSA.ratio  # tokens behind one canary tag of a page
 ALIGNMENT = 128  # bytes; every region starts on one, so that any vector load is aligned
 
 
@@ -84,6 +85,7 @@ class CacheSchema:
     num_slots    requests that can be resident at once
     page_bytes   size of the paged allocation
     state_bytes  size of the state allocation
+    ring_tags, entry_tags  canary tags (int64), one a ring row and one per 4 tokens of a page
     """
 
     config: ModelConfig
@@ -94,6 +96,8 @@ class CacheSchema:
     layers: tuple[LayerSchema, ...]
     page_bytes: int
     state_bytes: int
+    ring_tags: Region | None = None
+    entry_tags: Region | None = None
     layout_version: int = LAYOUT_VERSION
 
     @classmethod
@@ -105,8 +109,12 @@ class CacheSchema:
         num_slots: int,
         page_tokens: int = DEFAULT_PAGE_TOKENS,
         index_keys: IndexKeys = "fp8",
+        canary: bool = False,
     ) -> CacheSchema:
-        """Lay out a cache. Raises RequestError for a page size or key format that is not served."""
+        """Lay out a cache; `canary` adds debugging tags, which cost 8 bytes a row.
+
+        Raises RequestError for a page size or key format that is not served.
+        """
         check_page_tokens(page_tokens)
         check_index_keys(index_keys)
         for name, value in (("num_pages", num_pages), ("num_slots", num_slots)):
@@ -118,9 +126,12 @@ class CacheSchema:
             _lay_out(config, j, page_tokens, index_keys, pages, states)
             for j in range(config.num_hidden_layers + blocks)
         )
+        ring_tags = states.region(8 * config.sliding_window) if canary else None
+        entry_tags = pages.region(8 * page_tokens // TAG_TOKENS) if canary else None
         return cls(
-            config, num_pages, num_slots, page_tokens, index_keys, layers, pages.end, states.end
-        )
+            config, num_pages, num_slots, page_tokens, index_keys, layers, pages.end, states.end,
+            ring_tags, entry_tags,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4.cache.schema import CacheSchema, LayerSchema, Region, StateShape
+from dsv4.core.config import LayerKind
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class CacheStorage:
     pages   uint8 [schema.page_bytes]
     states  uint8 [schema.state_bytes]
     layers  views, one LayerViews for each layer and MTP block
+    ring_tags, entry_tags  int64 views of the canary's tags, None without one
     """
 
     def __init__(self, schema: CacheSchema, device: torch.device | str = "cpu") -> None:
@@ -43,6 +45,9 @@ class CacheStorage:
         self.pages = torch.zeros(schema.page_bytes, dtype=torch.uint8, device=device)
         self.states = torch.zeros(schema.state_bytes, dtype=torch.uint8, device=device)
         self.layers = tuple(self._views(layer) for layer in schema.layers)
+        tags = schema.ring_tags, schema.entry_tags
+        self.ring_tags = _rows(self.states, tags[0]).view(torch.int64) if tags[0] else None
+        self.entry_tags = _rows(self.pages, tags[1]).view(torch.int64) if tags[1] else None
 
     def reset_slot(self, slot: int) -> None:
         """Make a slot what it is before the first token: kappa 0, gamma -inf.
@@ -54,6 +59,8 @@ class CacheStorage:
                 if state is not None:
                     state[slot, 0] = 0
                     state[slot, 1] = float("-inf")
+        if self.ring_tags is not None:
+            self.ring_tags[slot] = -1
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy everything one slot remembers to another."""
@@ -65,17 +72,24 @@ class CacheStorage:
         for view in self.page_views():
             view[target] = view[source]
 
-    def slot_views(self) -> list[Tensor]:
-        """Byte views [num_slots, stride] of every region of the state allocation."""
-        regions = (
-            r for x in self.schema.layers for r in (x.window, x.state, x.index_state) if r
-        )  # fmt: skip
-        return [_rows(self.states, r) for r in regions]
+    def slot_views(self, at_boundary: bool = False) -> list[Tensor]:
+        """Byte views [num_slots, stride] of every region of the state allocation.
+
+        at_boundary  leave out what a request does not need after a multiple of 128 tokens: the
+                     window of HCA is closed then, and its rows are written before they are read
+        """
+        views = []
+        for x in self.schema.layers:
+            closed = at_boundary and x.kind is LayerKind.HCA
+            regions = (x.window, None if closed else x.state, x.index_state)
+            views += [_rows(self.states, r) for r in regions if r is not None]
+        tags = self.schema.ring_tags
+        return [*views, _rows(self.states, tags)] if tags else views
 
     def page_views(self) -> list[Tensor]:
         """Byte views [num_pages, stride] of every region of the paged allocation."""
-        regions = (r for x in self.schema.layers for r in (x.entries, x.index_keys) if r)
-        return [_rows(self.pages, r) for r in regions]
+        stores = [r for x in self.schema.layers for r in (x.entries, x.index_keys)]
+        return [_rows(self.pages, r) for r in (*stores, self.schema.entry_tags) if r]
 
     def fill_pages(self, pages: Sequence[int], byte: int) -> None:
         """Overwrite whole pages of every layer, for debugging."""

@@ -38,7 +38,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
     if not Path(args.out).parent.is_dir():
         raise RequestError("out", "a file in a folder that exists", args.out)
     ids = read_ids(args.ids) if args.ids is not None else None
-    if ids is not None and any(x is not None for x in (args.prompt, args.file, args.stdin)):
+    if ids is not None and (args.prompt is not None or args.file):
         raise RequestError("ids", "no prompt beside it", args.ids)
     prompt = render_prompt(args, prompt_text(args)) if ids is None else None
     loaded = load_model(args, terminal)

@@ -78,7 +78,7 @@ def _summary(c: ModelConfig, rows: list[Row], source: str) -> list[str]:
         f"window {c.sliding_window}, index top-k {c.index_topk}, mHC streams {c.hc_mult}, "
         f"MTP blocks {c.num_nextn_predict_layers}, DSpark block {c.dspark_block_size}",
         "",
-        f"{'layer':>13}  {'attention':9}  {'ratio':>5}  {'router':6}  {'tensors':>7}  {'bytes':>14}",
+        f"{'layer':>13}  {'attention':9}  ratio  router  {'tensors':>7}  {'bytes':>14}",
     ]
     per_part = _per_part(rows)
     for j in range(c.num_hidden_layers):

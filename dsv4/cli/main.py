@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dsv4 import __version__
+from dsv4.cli.prompt import expand_stdin
 from dsv4.cli.terminal import Terminal
 from dsv4.core import env
 from dsv4.core.errors import (
@@ -64,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, close in env.unknown().items():
             hint = f"; did you mean {close}?" if close else ""
             _say(f"warning: {name} is no variable of dsv4{hint}")
-        args = build_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        if words[:1] in (["generate"], ["dump"]):
+            words = expand_stdin(words)
+        args = build_parser().parse_args(words)
         return import_module(f"dsv4.cli.{args.verb}").run(args, Terminal(args.quiet))
     except SystemExit as e:  # argparse: help, version or usage
         return e.code if isinstance(e.code, int) else USAGE

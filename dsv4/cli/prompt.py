@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from dsv4.core.sampling import SamplingParams
 from dsv4.text.chat import THINKING, Message, RenderedPrompt, render_chat
 from dsv4.text.special import BOS
 
+# Options whose value may be the word "-".
+_TAKE_TEXT = ("-p", "--prompt", "-f", "--file", "--stop", "--system", "--expect")
+
 
 def add_prompt_arguments(parser: ArgumentParser) -> None:
     """-p, -f or -, and how the text becomes a prompt."""
     group = parser.add_argument_group("prompt (one of)")
     group.add_argument("-p", "--prompt", metavar="TEXT", help="the text itself")
-    group.add_argument("-f", "--file", metavar="FILE", help="a text file in UTF-8; - is stdin")
-    group.add_argument("stdin", nargs="?", choices=("-",), metavar="-", help="read stdin")
+    group.add_argument("-f", "--file", metavar="FILE", action="append", default=[],
+                       help="a text file in UTF-8; - alone or -f - is stdin")  # fmt: skip
     kind = parser.add_argument_group("what the text is")
     kind.add_argument("--raw", action="store_true", help="text to continue (the default)")
     kind.add_argument("--chat", action="store_true", help="a user's message, answered directly")
@@ -56,17 +60,26 @@ def sampling_params(args: Namespace) -> SamplingParams:
 
 def prompt_text(args: Namespace) -> str:
     """The text of -p, -f or -. Raises RequestError unless there is exactly one."""
-    given = [x for x in (args.prompt, args.file, args.stdin) if x is not None]
-    if len(given) != 1:
-        raise RequestError("prompt", "one of -p TEXT, -f FILE and -", f"{len(given)} of them")
+    if len(args.file) + (args.prompt is not None) != 1:
+        count = len(args.file) + (args.prompt is not None)
+        raise RequestError("prompt", "one of -p TEXT, -f FILE and -", f"{count} of them")
     if args.prompt is not None:
         return args.prompt
-    is_stdin = args.stdin or args.file == "-"
+    file = args.file[0]
     try:
-        return sys.stdin.read() if is_stdin else Path(args.file).read_text("utf-8")
+        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
     except UnicodeDecodeError as e:
-        where = "stdin" if is_stdin else args.file
+        where = "stdin" if file == "-" else file
         raise RequestError("prompt", f"UTF-8 in {where}", str(e), "convert it to UTF-8") from e
+
+
+def expand_stdin(argv: Sequence[str]) -> list[str]:
+    """Write a lone "-" as "-f -": argparse takes no optional positional behind options."""
+    out: list[str] = []
+    for word in argv:
+        is_value = bool(out) and out[-1] in _TAKE_TEXT
+        out += ["-f", "-"] if word == "-" and not is_value else [word]
+    return out
 
 
 def is_chat(args: Namespace) -> bool:

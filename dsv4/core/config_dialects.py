@@ -24,7 +24,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "norm_topk_prob": (True,),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
-    "attention_dropout": (0, 0.0),
+    "attention_dropout": (0.0,),
     "tie_word_embeddings": (False,),
     "n_group": (1, None),
     "topk_group": (1, None),

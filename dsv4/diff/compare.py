@@ -144,7 +144,7 @@ def _compare_tap(
     if left.shape == right.shape and rule.axes[:1] == ("token",):
         skip[[t for t in forked if t < len(skip)]] = True
         left, right = left.clone(), right.clone()
-        left[skip] = right[skip] = 0
+        left[skip] = right[skip] = -1 if rule.kind == "set" else 0
     result = compare_tensors(name, left, right, rule, dtype)
     result = replace(result, num_skipped=int(skip.sum()))
     if result.kind == "set" and result.ok and result.num_differ:

@@ -148,13 +148,12 @@ def _official_names(
         if any(x not in expected for x in officials):
             unexpected.append(t)
             continue
+        twins = {named[x][0].name: x for x in officials if x in named}
+        for twin, official in twins.items():
+            detail = f"holds {official}, and so does {twin}"
+            problems.append(_problem("duplicate", t, detail, "keep one of the two"))
         for index, official in enumerate(officials):
-            if official in named:
-                detail = f"holds {official}, and so does {named[official][0].name}"
-                fix = "keep one of the two"
-                problems.append(CheckpointProblem("duplicate", t.file, name, detail, fix))
-                break
-            named[str(official)] = (t, index, len(officials))
+            named.setdefault(str(official), (t, index, len(officials)))
     return named, unexpected, problems
 
 

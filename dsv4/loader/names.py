@@ -19,15 +19,10 @@ _TOP = {
     "hc_head_scale": "model.hc_head.hc_scale",
 }
 
-# Modules and bare parameters of a layer, without `layers.N.` and without `.weight` or `.scale`.
-_LAYER = {
+# Modules of a layer, without `layers.N.` and without `.weight` or `.scale`.
+_MODULES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
-    **{
-        f"hc_{half}_{part}": f"{half}_hc.{part}"
-        for half in ("attn", "ffn")
-        for part in ("fn", "base", "scale")
-    },
     "attn.wq_a": "self_attn.q_a_proj",
     "attn.q_norm": "self_attn.q_a_norm",
     "attn.wq_b": "self_attn.q_b_proj",
@@ -35,23 +30,32 @@ _LAYER = {
     "attn.kv_norm": "self_attn.kv_norm",
     "attn.wo_a": "self_attn.o_a_proj",
     "attn.wo_b": "self_attn.o_b_proj",
-    "attn.attn_sink": "self_attn.sinks",
     "attn.compressor.wkv": "self_attn.compressor.kv_proj",
     "attn.compressor.wgate": "self_attn.compressor.gate_proj",
-    "attn.compressor.ape": "self_attn.compressor.position_bias",
     "attn.compressor.norm": "self_attn.compressor.kv_norm",
     "attn.indexer.wq_b": "self_attn.compressor.indexer.q_b_proj",
     "attn.indexer.weights_proj": "self_attn.compressor.indexer.scorer.weights_proj",
     "attn.indexer.compressor.wkv": "self_attn.compressor.indexer.kv_proj",
     "attn.indexer.compressor.wgate": "self_attn.compressor.indexer.gate_proj",
-    "attn.indexer.compressor.ape": "self_attn.compressor.indexer.position_bias",
     "attn.indexer.compressor.norm": "self_attn.compressor.indexer.kv_norm",
     "ffn.gate": "mlp.gate",
-    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
-    "ffn.gate.tid2eid": "mlp.gate.tid2eid",
     "ffn.shared_experts.w1": "mlp.shared_experts.gate_proj",
     "ffn.shared_experts.w2": "mlp.shared_experts.down_proj",
     "ffn.shared_experts.w3": "mlp.shared_experts.up_proj",
+}
+
+# Parameters of a layer that have no such suffix.
+_BARE = {
+    **{
+        f"hc_{half}_{part}": f"{half}_hc.{part}"
+        for half in ("attn", "ffn")
+        for part in ("fn", "base", "scale")
+    },
+    "attn.attn_sink": "self_attn.sinks",
+    "attn.compressor.ape": "self_attn.compressor.position_bias",
+    "attn.indexer.compressor.ape": "self_attn.compressor.indexer.position_bias",
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.gate.tid2eid": "mlp.gate.tid2eid",
 }
 
 # Stacked expert tensors of transformers and the official matrices they hold, in row order.
@@ -60,7 +64,8 @@ _STACKS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 # Suffix of a module's tensor; the first of ours or theirs that fits is taken.
 _SUFFIX = {".weight": ".weight", ".scale": ".weight_scale_inv"}
 _TOP_INVERSE = {theirs: ours for ours, theirs in _TOP.items()}
-_LAYER_INVERSE = {theirs: ours for ours, theirs in _LAYER.items()}
+_MODULES_INVERSE = {theirs: ours for ours, theirs in _MODULES.items()}
+_BARE_INVERSE = {theirs: ours for ours, theirs in _BARE.items()}
 _IN_LAYER = re.compile(r"layers\.(0|[1-9]\d{0,3})\.(.+)")
 _STACKED = re.compile(
     r"model\.layers\.(0|[1-9]\d{0,3})\.mlp\.experts\.(gate_up_proj|down_proj)(_scale_inv)?"
@@ -95,11 +100,12 @@ def to_official(name: str) -> str | None:
         return f"layers.{layer}.{rest}"
     if rest == "attn.norm.weight":
         return f"layers.{layer}.attn.kv_norm.weight"
-    if rest in _LAYER_INVERSE or rest in _LAYER:
-        return f"layers.{layer}.{_LAYER_INVERSE.get(rest, rest)}"
+    bare = _BARE_INVERSE.get(rest, rest)
+    if bare in _BARE:
+        return f"layers.{layer}.{bare}"
     module, suffix = _split(rest)
-    module = _LAYER_INVERSE.get(module, module)
-    return f"layers.{layer}.{module}{suffix}" if module in _LAYER and suffix else None
+    module = _MODULES_INVERSE.get(module, module)
+    return f"layers.{layer}.{module}{suffix}" if module in _MODULES and suffix else None
 
 
 def to_transformers(name: str) -> str | None:
@@ -120,11 +126,11 @@ def to_transformers(name: str) -> str | None:
             stack = "down_proj" if expert[1] == "w2" else "gate_up_proj"
             suffix = "_scale_inv" if expert[2] == "scale" else ""
             return f"model.layers.{layer}.mlp.experts.{stack}{suffix}"
-        if rest in _LAYER:
-            return f"model.layers.{layer}.{_LAYER[rest]}"
+        if rest in _BARE:
+            return f"model.layers.{layer}.{_BARE[rest]}"
         module, _, leaf = rest.rpartition(".")
-        if module in _LAYER and f".{leaf}" in _SUFFIX:
-            return f"model.layers.{layer}.{_LAYER[module]}{_SUFFIX[f'.{leaf}']}"
+        if module in _MODULES and f".{leaf}" in _SUFFIX:
+            return f"model.layers.{layer}.{_MODULES[module]}{_SUFFIX[f'.{leaf}']}"
     raise ValueError(f"name: expected an official tensor name, got {name!r}")
 
 
