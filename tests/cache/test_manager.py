@@ -1,0 +1,351 @@
+"""CacheManager: a request's life, its refusals, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from dsv4.cache.canary import CacheCorruptionError
+from dsv4.cache.manager import CacheManager
+from dsv4.cache.schema import CacheSchema
+from dsv4.cache.step import StepRows
+from dsv4.cache.storage import CacheStorage
+from dsv4.core.config import ModelConfig
+from dsv4.core.errors import CapacityError, RequestError
+from dsv4.core.plan import plan
+from support.cache_life import Life, small_config, small_manager
+
+OPERATIONS = int(os.environ.get("DSV4_STRESS_OPERATIONS", "50000"))
+
+
+def grow(manager: CacheManager, request, n: int) -> None:
+    manager.prepare([(request, n)]).commit()
+
+
+@pytest.mark.parametrize("page_tokens", [128, 256])
+def test_random_lives(page_tokens: int) -> None:
+    """Half of the operations for each page size, in lives of 2,500, invariants after each one."""
+    started, done = time.perf_counter(), 0
+    for seed in range(max(OPERATIONS // 2 // 2500, 1)):
+        life = Life(small_manager(page_tokens, num_pages=1536 // page_tokens), seed)
+        life.run(2500)
+        done += 2500
+        for name in ("step", "fork", "preempt", "restore", "release", "keep", "step refused"):
+            assert life.done[name] > 0, f"{name} never happened: {life.done}"
+    print(f"{done} operations, {done / (time.perf_counter() - started):.0f} a second")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_lives_with_the_canary(seed: int) -> None:
+    Life(small_manager(128, canary=True), seed).run(600)
+
+
+def test_pages_are_taken_as_tokens_come() -> None:
+    m = small_manager(page_tokens=128)
+    r = m.admit()
+    assert m.allocator.num_free == 11
+    grow(m, r, 128)
+    assert len(r.pages) == 1
+    grow(m, r, 1)
+    assert len(r.pages) == 2
+    grow(m, r, 127)
+    assert len(r.pages) == 2
+    assert r.length == 256
+    m.release(r)
+    assert m.allocator.num_free == 11
+    m.check()
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    m = small_manager(page_tokens=128, num_pages=4)
+    a, b = m.admit(), m.admit()
+    grow(m, a, 200)
+    before = (list(a.pages), list(b.pages), m.page_table.clone(), m.allocator.num_free)
+    with pytest.raises(CapacityError, match="cache pages: needed 2, free 1"):
+        m.prepare([(a, 100), (b, 1)])
+    assert (a.pages, b.pages) == before[:2]
+    assert torch.equal(m.page_table, before[2])
+    assert (m.allocator.num_free, a.length, b.length) == (before[3], 200, 0)
+    m.check()
+
+
+def test_slots_run_out() -> None:
+    m = small_manager(num_slots=2)
+    a, _ = m.admit(), m.admit()
+    for refused in (m.admit, lambda: m.fork(a)):
+        with pytest.raises(CapacityError, match="cache slots: needed 1, free 0"):
+            refused()
+    m.check()
+    m.preempt(a)
+    c = m.admit()
+    with pytest.raises(CapacityError, match="cache slots"):
+        m.restore(a)
+    assert a.snapshot is not None
+    m.release(c)
+    m.restore(a)
+    m.check()
+
+
+def test_a_fork_shares_pages_until_one_writes() -> None:
+    m = small_manager(page_tokens=128)
+    a = m.admit()
+    grow(m, a, 200)
+    m.storage.fill_pages(a.pages, 7)
+    b = m.fork(a)
+    assert b.pages == a.pages
+    grow(m, b, 1)
+    assert b.pages[0] == a.pages[0]
+    assert b.pages[1] != a.pages[1]
+    for view in m.storage.page_views():
+        assert torch.equal(view[a.pages[1]], view[b.pages[1]])
+    grow(m, a, 1)  # the only owner left: no copy
+    assert m.allocator.owners(a.pages[1]) == 1
+    m.check()
+
+
+def test_a_full_page_is_shared_for_good() -> None:
+    m = small_manager(page_tokens=128)
+    a = m.admit()
+    grow(m, a, 128)
+    b = m.fork(a)
+    grow(m, a, 10)
+    grow(m, b, 10)
+    assert a.pages[0] == b.pages[0]
+    assert a.pages[1] != b.pages[1]
+    assert m.allocator.owners(a.pages[0]) == 2
+
+
+def test_fork_copies_the_state() -> None:
+    m = small_manager()
+    a = m.admit()
+    for k, view in enumerate(m.storage.slot_views()):
+        view[a.slot] = k + 1
+    b = m.fork(a)
+    for view in m.storage.slot_views():
+        assert torch.equal(view[a.slot], view[b.slot])
+
+
+def random_bytes(m: CacheManager, request, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    for view in m.storage.slot_views():
+        row = view[request.slot]
+        row.copy_(torch.randint(0, 256, row.shape, generator=rng, dtype=torch.uint8))
+    for view in m.storage.page_views():
+        shape = (len(request.pages), view.shape[1])
+        view[request.pages] = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+
+
+def bytes_of(m: CacheManager, request) -> list[torch.Tensor]:
+    slots = [v[request.slot].clone() for v in m.storage.slot_views()]
+    return slots + [v[request.pages].clone() for v in m.storage.page_views()]
+
+
+@pytest.mark.parametrize("page_tokens", [128, 256])
+def test_preempt_and_restore_at_every_offset(page_tokens: int) -> None:
+    """Byte for byte, though slot and pages are others and were used by others meanwhile."""
+    for length in range(301):
+        m = small_manager(page_tokens, num_pages=6, num_slots=2)
+        r = m.admit()
+        grow(m, r, length)
+        random_bytes(m, r, length)
+        want = bytes_of(m, r)
+        m.preempt(r)
+        other = m.admit()
+        grow(m, other, 10)
+        random_bytes(m, other, 1000 + length)
+        m.restore(r)
+        assert r.length == length
+        for got, wanted in zip(bytes_of(m, r), want, strict=True):
+            assert torch.equal(got, wanted)
+        m.check()
+
+
+def test_a_new_request_never_sees_old_state() -> None:
+    m = small_manager(num_slots=1)
+    a = m.admit()
+    grow(m, a, 50)
+    random_bytes(m, a, 0)
+    m.release(a)
+    b = m.admit()
+    for views in m.storage.layers:
+        for state in (views.state, views.index_state):
+            if state is not None:
+                assert not state[b.slot, 0].any()
+                assert state[b.slot, 1].isneginf().all()
+    assert not m.page_table[b.slot].any()
+
+
+def test_prefix_is_found_by_content_and_leaves_one_token() -> None:
+    m = small_manager(page_tokens=128)
+    ids = list(range(256))
+    a = m.admit()
+    grow(m, a, 128)
+    assert m.keep_prefix(a, ids[:128])
+    grow(m, a, 128)
+    assert m.keep_prefix(a, ids)
+    assert not m.keep_prefix(a, ids)
+    random_bytes(m, a, 3)
+    m.release(a)
+    m.check()
+    for prompt, hit in ((ids, 128), ([*ids, 5], 256), (ids[:128], 0), ([9, *ids], 0),
+                        (ids[:129], 128), ([*ids[:127], 99, 1], 0)):  # fmt: skip
+        r = m.admit(prompt)
+        assert r.length == hit, len(prompt)
+        m.check()
+        m.release(r)
+
+
+def test_prefix_restores_window_and_open_windows() -> None:
+    m = small_manager(page_tokens=256)
+    a = m.admit()
+    grow(m, a, 128)
+    random_bytes(m, a, 1)
+    want = [v[a.slot].clone() for v in m.storage.slot_views(at_boundary=True)]
+    m.keep_prefix(a, list(range(128)))
+    b = m.admit(range(129))
+    assert b.length == 128
+    for got, wanted in zip(m.storage.slot_views(at_boundary=True), want, strict=True):
+        assert torch.equal(got[b.slot], wanted)
+    hca = m.storage.layers[2].state
+    assert hca is not None
+    assert hca[b.slot, 1].isneginf().all()
+    shared = b.pages[0]
+    grow(m, b, 1)  # the page is half full and shared: copied before it is written
+    assert b.pages[0] != shared
+    m.check()
+
+
+def test_kept_prefixes_make_room_but_only_if_it_is_enough() -> None:
+    m = small_manager(page_tokens=128, num_pages=4)
+    a = m.admit()
+    grow(m, a, 128)
+    m.keep_prefix(a, [1] * 128)
+    m.release(a)
+    b, c = m.admit([2]), m.admit([3])
+    grow(m, c, 1)
+    with pytest.raises(CapacityError, match="needed 3, free 2"):
+        m.prepare([(b, 300)])
+    assert len(m.prefixes) == 1
+    grow(m, b, 200)
+    assert len(m.prefixes) == 0
+    m.check()
+
+
+def test_prefix_memory_is_bounded() -> None:
+    m = small_manager(page_tokens=128, num_pages=40)
+    per = None
+    for k in range(20):
+        r = m.admit()
+        grow(m, r, 128)
+        m.keep_prefix(r, [k] * 128)
+        m.release(r)
+        per = per or m.prefixes.nbytes
+        assert m.prefixes.nbytes <= m.prefixes.max_bytes
+    assert len(m.prefixes) == m.prefixes.max_bytes // per
+    assert m.admit([19] * 129).length == 128
+    assert m.admit([0] * 129).length == 0  # the oldest went first
+    m.check()
+
+
+@pytest.mark.parametrize("bad", ["twice", "negative", "long", "foreign", "preempted", "released"])
+def test_misuse_is_refused(bad: str) -> None:
+    m, other = small_manager(), small_manager()
+    r = m.admit()
+    batch = {
+        "twice": [(r, 1), (r, 1)],
+        "negative": [(r, -1)],
+        "long": [(r, m.max_context + 1)],
+        "foreign": [(other.admit(), 1)],
+    }.get(bad, [(r, 1)])
+    if bad == "preempted":
+        m.preempt(r)
+    if bad == "released":
+        m.release(r)
+    with pytest.raises(RequestError, match="expected"):
+        m.prepare(batch)
+    m.check()
+    with pytest.raises(RequestError, match="token_ids: expected|request: expected"):
+        m.keep_prefix(r, [1, 2])
+
+
+def test_step_rows() -> None:
+    rows = StepRows.build([(3, 10, 2), (1, 0, 3)], num_rows=7)
+    assert rows.slot.tolist() == [3, 3, 1, 1, 1, -1, -1]
+    assert rows.position.tolist() == [10, 11, 0, 1, 2, 0, 0]
+    assert rows.end_position.tolist() == [12, 12, 3, 3, 3, 0, 0]
+    assert rows.first_row.tolist() == [0, 0, 2, 2, 2, 0, 0]
+    assert rows.first_position.tolist() == [10, 10, 0, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="num_rows: expected at least 5, got 4"):
+        StepRows.build([(3, 10, 2), (1, 0, 3)], num_rows=4)
+
+
+@pytest.mark.parametrize("model", ["flash", "pro"])
+@pytest.mark.parametrize("context", [4096, 131072, 1048576])
+@pytest.mark.parametrize("page_tokens", [128, 256])
+def test_allocated_equals_planned(model: str, context: int, page_tokens: int) -> None:
+    config = getattr(ModelConfig, model)()
+    p = plan(config, context=context, batch=2, page_tokens=page_tokens)
+    schema = CacheSchema.of(
+        config, num_pages=2 * p.pages_per_request + 1, num_slots=2, page_tokens=page_tokens
+    )
+    storage = CacheStorage(schema, "meta")
+    allocated = storage.pages.numel() + storage.states.numel()
+    assert abs(allocated / p.kv_bytes - 1) < 0.02
+    r = storage.layers[2].entries
+    assert r is not None
+    assert r.shape == (schema.num_pages, -(-page_tokens // 4 * 584 // 576) * 576)
+
+
+@pytest.mark.parametrize("fault", ["alias", "stale", "unwritten"])
+def test_the_canary_sees_planted_faults(fault: str) -> None:
+    m = small_manager(page_tokens=128, canary=True)
+    assert m.canary is not None
+    a, b = m.admit(), m.admit()
+    for r, tokens in ((a, [1] * 140), (b, [2] * 140)):
+        step = m.prepare([(r, 140)])
+        m.canary.wrote(r.slot, r.pages, tokens, 0)
+        step.commit()
+        m.canary.check(r.slot, r.pages, tokens)
+    if fault == "alias":
+        a.pages[0] = b.pages[0]
+    elif fault == "stale":
+        a.slot = b.slot
+    else:
+        grow(m, a, 4)
+        with pytest.raises(CacheCorruptionError, match="read unwritten|another history"):
+            m.canary.check(a.slot, a.pages, [1] * 144)
+        return
+    with pytest.raises(CacheCorruptionError, match="of another history"):
+        m.canary.check(a.slot, a.pages, [1] * 140)
+
+
+def test_freed_pages_are_poisoned() -> None:
+    m = small_manager(canary=True)
+    a = m.admit()
+    grow(m, a, 10)
+    page = a.pages[0]
+    m.release(a)
+    assert all((view[page] == 0xFF).all() for view in m.storage.page_views())
+
+
+def test_fail_at_every_page() -> None:
+    """Whatever the number of pages, a refusal leaks nothing and the next request succeeds."""
+    for num_pages in range(2, 12):
+        life = Life(small_manager(128, num_pages=num_pages), seed=num_pages)
+        life.run(200)
+        m = life.manager
+        for r in m.requests:
+            m.release(r)
+        while len(m.prefixes):
+            m._release_pages(m.prefixes.evict().pages)
+        assert m.allocator.num_free == num_pages - 1
+        assert m.num_free_slots == m.schema.num_slots
+
+
+def test_max_context_is_checked() -> None:
+    schema = CacheSchema.of(small_config(), num_pages=2, num_slots=1)
+    with pytest.raises(RequestError, match="max_context: expected 1 to 2048"):
+        CacheManager(CacheStorage(schema), max_context=4096)
