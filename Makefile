@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The CPU build of torch where pip offers it (no NVIDIA driver here), any torch >= 2.11 otherwise.
 TORCH_CPU := torch==2.13.0
-export OMP_NUM_THREADS ?= 2
+# On shared cores more threads are often slower than one.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test gates lint format gpu bench clean oracle
 

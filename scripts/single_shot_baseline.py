@@ -8,14 +8,18 @@ Same flags and output as tier_0_hf_reference.py, so that two tiers can be compar
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 import dsv4.nano
+from dsv4.cli.model import config_hash
 from dsv4.core.taps import capture
+from dsv4.diff.dump import DumpInfo, write_dump
 from dsv4.loader import Checkpoint
 from dsv4.reference.model import ReferenceModel
-from dsv4.text import Detokenizer, Tokenizer
+from dsv4.text.detokenize import Detokenizer
+from dsv4.text.tokenizer import Tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", help="checkpoint folder, or 'nano'")
@@ -40,9 +44,9 @@ cache = model.new_cache()
 with capture(["*"] if args.dump else []) as taps:
     logits = model.forward(torch.tensor(ids), cache)[-1]
 if args.dump:
-    from safetensors.torch import save_file
-
-    save_file({k: v.contiguous() for k, v in taps.tensors().items()}, args.dump)
+    name, config = Path(folder).resolve().name, config_hash(checkpoint.config)
+    info = DumpInfo(1, args.dtype, name, config, tuple(ids))
+    write_dump(args.dump, taps.tensors(), info)
 
 # 3. Decode: greedy, one token a step, until end of sequence.
 detokenizer, text = Detokenizer(tokenizer), ""

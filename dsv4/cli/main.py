@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from dsv4 import __version__
 from dsv4.cli.prompt import expand_stdin
@@ -102,7 +103,7 @@ def exit_code(error: Exception) -> int | None:
 def console() -> None:
     """What the command `dsv4` runs."""
     for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets escapes, no error
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = main()
     try:

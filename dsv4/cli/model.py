@@ -131,8 +131,8 @@ def stop_ids(folder: Path, config: ModelConfig) -> frozenset[int]:
     if not (folder / "generation_config.json").exists():
         return frozenset((config.eos_token_id,))
     raw = read_json(folder, "generation_config.json")
-    more = raw.get("eos_token_id", []) if isinstance(raw, dict) else None
-    ids = more if isinstance(more, list) else [more]
+    more: Any = raw.get("eos_token_id", []) if isinstance(raw, dict) else None
+    ids: list[Any] = more if isinstance(more, list) else [more]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise CheckpointError(
             "json", "generation_config.json", detail=f"eos_token_id: expected ids, got {more!r}",

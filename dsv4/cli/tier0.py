@@ -150,9 +150,9 @@ def _add_taps(model: nn.Module) -> None:
                 f"{prefix}.hc_{which}.post",
                 f"{prefix}.hc_{which}.comb",
             )
-        compressor = getattr(layer.self_attn, "compressor", None)
-        if hasattr(compressor, "indexer"):
-            on(compressor.indexer, f"{prefix}.attn.indexer.topk")
+        indexer = getattr(getattr(layer.self_attn, "compressor", None), "indexer", None)
+        if indexer is not None:
+            on(indexer, f"{prefix}.attn.indexer.topk")
         on(layer.self_attn, f"{prefix}.attn.out")
         on(layer.mlp.gate, "", f"{prefix}.ffn.router.weights", f"{prefix}.ffn.router.ids")
         on(layer.mlp, f"{prefix}.ffn.out")

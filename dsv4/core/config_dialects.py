@@ -134,7 +134,7 @@ def _read_transformers(raw: Mapping[str, Any]) -> dict[str, Any]:
     L = _num_layers(raw)
     kinds = _sequence(raw, "layer_types")
     for kind in kinds:
-        if kind not in _LAYER_RATIO:
+        if not isinstance(kind, str) or kind not in _LAYER_RATIO:
             raise ConfigError("layer_types", f"one of {tuple(_LAYER_RATIO)}", kind)
     if len(kinds) != L:
         raise ConfigError("layer_types", f"{L} entries", kinds)

@@ -67,6 +67,8 @@ class Limits:
 
 def _rule(raw: dict[str, Any]) -> Limit:
     unknown = set(raw) - set(Limit.__dataclass_fields__)
-    if unknown or not isinstance(raw.get("tap"), str):
+    texts = (raw.get("tap"), raw.get("by_ids", ""), *raw.get("axes", ()))
+    if unknown or not all(isinstance(x, str) for x in texts):
         raise RequestError("limits", "rules with 'tap' and known keys", sorted(raw))
-    return Limit(**(raw | {"axes": tuple(raw.get("axes", ()))}))
+    values: dict[str, Any] = raw | {"axes": tuple(raw.get("axes", ()))}
+    return Limit(**values)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import SHARD_BYTES, config_of, weights_of
 
 from dsv4.loader import write_checkpoint
+from support.checkpoints import SHARD_BYTES, config_of, weights_of
 
 torch.set_num_threads(1)
 

@@ -6,13 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import (
-    SHARD_BYTES,
-    assert_same_weights,
-    config_of,
-    same_weight,
-    weights_of,
-)
 
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import RequestError
@@ -23,6 +16,13 @@ from dsv4.loader.convert import (
     slice_checkpoint,
     slice_config,
     transformers_state_dict,
+)
+from support.checkpoints import (
+    SHARD_BYTES,
+    assert_same_weights,
+    config_of,
+    same_weight,
+    weights_of,
 )
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.checkpoints import assert_same_weights
 
 from dsv4.core.errors import CheckpointError
 from dsv4.loader import Checkpoint, write_checkpoint
@@ -22,6 +21,7 @@ from dsv4.loader.folder import open_regular
 from dsv4.loader.header import parse_header
 from dsv4.loader.strict_json import parse_json
 from dsv4.testing.tiny import random_weights, tiny_config
+from support.checkpoints import assert_same_weights
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.checkpoints import assert_same_weights, weights_of
 
 from dsv4.core.errors import CheckpointError
 from dsv4.loader import Checkpoint
 from dsv4.loader.folder import open_regular
 from dsv4.testing.mutate import poke, shard_path
+from support.checkpoints import assert_same_weights, weights_of
 
 
 def as_hub_cache(folder: Path, root: Path) -> Path:

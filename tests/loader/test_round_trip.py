@@ -10,14 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.checkpoints import (
-    CONFIGS,
-    SHARD_BYTES,
-    assert_same_weights,
-    config_of,
-    same_bits,
-    weights_of,
-)
 
 from dsv4.core.errors import CapacityError, CheckpointError, ConfigError
 from dsv4.core.formats import FORMATS, NVFP4, BlockScaledTensor
@@ -27,6 +19,14 @@ from dsv4.loader.memory import free_memory
 from dsv4.loader.writer import stored_parts
 from dsv4.testing.mutate import add_tensor, set_config, shard_path
 from dsv4.testing.tiny import random_block_scaled, random_weights, tiny_config
+from support.checkpoints import (
+    CONFIGS,
+    SHARD_BYTES,
+    assert_same_weights,
+    config_of,
+    same_bits,
+    weights_of,
+)
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden_small"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.checkpoints import assert_same_weights, config_of, same_weight, weights_of
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from dsv4.core.config_dialects import to_official as official_config
@@ -19,6 +18,7 @@ from dsv4.loader.convert import slice_checkpoint, transformers_state_dict
 from dsv4.loader.names import stacked_experts, to_transformers
 from dsv4.loader.writer import stored_parts
 from dsv4.testing.tiny import random_weights, tiny_config
+from support.checkpoints import assert_same_weights, config_of, same_weight, weights_of
 
 NO_MTP = "no MTP block: transformers does not save it"
 

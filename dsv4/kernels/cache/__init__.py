@@ -1,0 +1,1 @@
+"""Writes into the KV cache and dense reads of it."""

@@ -1,0 +1,79 @@
+"""Indexer keys: pool, norm, RoPE, Hadamard, quantise and write, one program a token. Triton, any SM.
+
+The work is that of compressor_insert up to the record: only tokens that complete a window do any.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.core.dispatch import KernelSpec
+from dsv4.core.kv_layout import IndexRecord
+from dsv4.kernels.common.bits import round_to, widen
+from dsv4.kernels.common.checks import check_float, check_power_of_two, check_stride
+from dsv4.kernels.common.compressor import check_compressor, entry_row
+from dsv4.kernels.common.kv_record import store_index_key
+from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pooling import pool_window
+from dsv4.kernels.common.vectors import hadamard, rms_norm, rope
+
+REFERENCE = "dsv4.reference.cache_writes:index_key_insert"
+CONFIG = {"TILE": 8, "num_warps": 4}
+
+
+@triton.jit
+def index_key_insert_kernel(
+    kappa_ptr, gamma_ptr, state_ptr, norm_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr,
+    slot_ptr, position_ptr, first_row_ptr, first_position_ptr, max_pages, stride, num_rows, eps,
+    J: tl.constexpr, R: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
+    BF16: tl.constexpr, MXFP4: tl.constexpr, HADAMARD: tl.constexpr, SCALE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_ptr + t)
+    end = tl.load(position_ptr + t) + 1
+    if (slot >= 0) & (end % RATIO == 0):
+        entry = end // RATIO - 1
+        page, row = entry_row(table_ptr, slot, entry, max_pages, num_rows)
+        if page > 0:
+            HALVES: tl.constexpr = 2 if OVERLAP else 1
+            ring_ptr = state_ptr + slot * (2 * HALVES * RATIO * HALVES * J)
+            x = pool_window(
+                kappa_ptr, gamma_ptr, ring_ptr, end, tl.load(first_row_ptr + t),
+                tl.load(first_position_ptr + t), J, RATIO, OVERLAP, J, TILE,
+            )  # fmt: skip
+            weight = widen(tl.load(norm_ptr + tl.arange(0, J)))
+            x = round_to(rms_norm(round_to(x, BF16), weight, eps, J), BF16)
+            x = round_to(rope(x, cos_ptr, sin_ptr, entry, J, R, J), BF16)
+            if HADAMARD:
+                x = round_to(hadamard(x, J, SCALE), BF16)
+            store_index_key(pages_ptr + page * stride, row, num_rows, x, J, MXFP4)
+
+
+def launch(
+    kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, cos: Tensor, sin: Tensor,
+    pages: Tensor, page_table: Tensor, slot: Tensor, position: Tensor, first_row: Tensor,
+    first_position: Tensor, ratio: int, entries_per_page: int, eps: float, dtype: torch.dtype,
+    keys: str, is_rotated: bool,
+) -> None:  # fmt: skip
+    """Write the keys. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
+    T, J, R = check_compressor(
+        kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
+        first_position, ratio, entries_per_page,
+    )  # fmt: skip
+    is_bf16 = check_float("dtype", dtype) is torch.bfloat16
+    check_power_of_two("norm", J)
+    stride = IndexRecord(J, keys).page_bytes(entries_per_page)
+    check_stride("pages", pages, stride, f"{entries_per_page} keys in {keys}")
+    if T == 0:
+        return
+    index_key_insert_kernel[(T,)](
+        kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
+        first_position, page_table.shape[1], stride, entries_per_page, eps,
+        J=J, R=R, RATIO=ratio, OVERLAP=kappa.shape[1] == 2 * J, BF16=is_bf16,
+        MXFP4=keys == "mxfp4", HADAMARD=is_rotated, SCALE=J**-0.5, **CONFIG, **EXACT,
+    )  # fmt: skip
+
+
+SPEC = KernelSpec("index_key_insert/triton", launch, runs_on_cpu=INTERPRETED)

@@ -1,0 +1,1 @@
+"""Device helpers that kernel families share."""

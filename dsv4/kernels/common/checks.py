@@ -1,0 +1,34 @@
+"""Argument checks that several cache kernels share. Raise ValueError naming the argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def check_float(name: str, x: Tensor | torch.dtype) -> torch.dtype:
+    """The dtype, FP32 or BF16, of a tensor or of a `dtype` argument."""
+    dtype = x if isinstance(x, torch.dtype) else x.dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"{name}: expected torch.float32 or torch.bfloat16, got {dtype}")
+    return dtype
+
+
+def check_int(name: str, value: int, low: int = 1) -> None:
+    """An integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+
+
+def check_stride(name: str, x: Tensor, nbytes: int, what: str) -> None:
+    """A uint8 store [count, nbytes]."""
+    if x.dim() != 2 or x.shape[1] != nbytes:
+        raise ValueError(f"{name}: expected [count, {nbytes}] for {what}, got {list(x.shape)}")
+
+
+def check_power_of_two(name: str, size: int) -> None:
+    """A size that a Triton tile can have."""
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"{name}: expected a size that is a power of two, got {size}")
