@@ -263,6 +263,8 @@ def to_official(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
     if c.expert_format == "nvfp4":
         quant |= {"moe_quant_algo": "NVFP4", "group_size": 16}
+    elif c.expert_format in ("mxfp4", "fp8"):
+        out["expert_dtype"] = "fp4" if c.expert_format == "mxfp4" else "fp8"
     else:
-        out["expert_dtype"] = {"mxfp4": "fp4", "fp8": "fp8"}[c.expert_format]
+        raise ConfigError("expert_format", "quantised beside FP8 linears", c.expert_format)
     return out | {"torch_dtype": "bfloat16", "quantization_config": quant}

@@ -73,7 +73,7 @@ def shard_name_problem(name: object) -> CheckpointProblem | None:
     fix = "fetch model.safetensors.index.json again from a source you trust"
     if not isinstance(name, str):
         return CheckpointProblem("index", INDEX_FILE, "", f"shard name is not text: {shown}", fix)
-    if "/" in name or "\\" in name or name in (".", "..") or "\0" in name or ":" in name:
+    if "/" in name or "\\" in name or name in (".", "..") or ":" in name:
         detail = f"shard {shown} is not a plain file name"
         return CheckpointProblem("path", INDEX_FILE, "", detail, fix)
     if not name.isascii() or not name.isprintable() or not 0 < len(name) <= 255:

@@ -240,6 +240,20 @@ def test_wrong_weights_are_not_written(change, kind: str, tensor: str, tmp_path:
     assert tree(tmp_path) == {}
 
 
+@pytest.mark.parametrize("part", ["scale", "norm"])
+def test_official_fp4_files_have_one_dtype_each(part: str, tmp_path: Path) -> None:
+    """F32 scales are for -Base, F32 norms for transformers: consistent is not enough."""
+    scale_dtype = "F32" if part == "scale" else "F8_E8M0"
+    weights = random_weights(config_of("official"), fp8_scale_dtype=scale_dtype)
+    if part == "norm":
+        weights = {n: w.float() if "norm.weight" in n else w for n, w in weights.items()}
+    with pytest.raises(CheckpointError) as caught:
+        write_checkpoint(tmp_path, config_of("official"), weights)
+    wrong = [p.tensor for p in caught.value.problems if p.kind == "dtype"]
+    assert len(wrong) == len(caught.value.problems) > 20
+    assert all(part in name for name in wrong)
+
+
 def test_a_parameter_given_twice_is_refused(tmp_path: Path) -> None:
     weights = weights_of("official")
     pairs = [*weights.items(), ("norm.weight", weights["norm.weight"])]
@@ -270,9 +284,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> N
     assert tree(tmp_path) == before
 
 
-def test_a_config_that_config_json_cannot_express_is_refused(tmp_path: Path) -> None:
-    config = tiny_config(linear_format="bfloat16", expert_format="float32")
-    with pytest.raises(ConfigError, match="linear_format"):
+@pytest.mark.parametrize(
+    ("linear", "expert"), [("bfloat16", "float32"), ("bfloat16", "mxfp4"), ("fp8", "bfloat16")]
+)
+def test_a_config_that_config_json_cannot_express_is_refused(
+    linear: str, expert: str, tmp_path: Path
+) -> None:
+    config = tiny_config(linear_format=linear, expert_format=expert)
+    with pytest.raises(ConfigError, match="expert_format"):
         write_checkpoint(tmp_path, config, random_weights(config))
 
 

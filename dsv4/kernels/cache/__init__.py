@@ -1,1 +1,25 @@
 """Writes into the KV cache and dense reads of it."""
+
+from dsv4.kernels.cache import (
+    cache_reset,
+    compressor_insert,
+    compressor_state_append,
+    gather_entries,
+    gather_index_keys,
+    gather_records,
+    gather_window,
+    index_key_insert,
+    kv_window_append,
+)
+
+__all__ = [
+    "cache_reset",
+    "compressor_insert",
+    "compressor_state_append",
+    "gather_entries",
+    "gather_index_keys",
+    "gather_records",
+    "gather_window",
+    "index_key_insert",
+    "kv_window_append",
+]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
-from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.launch import EXACT, INTERPRETED
 
 REFERENCE = "dsv4.reference.cache_writes:cache_reset"
 CONFIG = {"BLOCK": 2048, "num_warps": 4}
@@ -33,7 +33,7 @@ def launch(state: Tensor, slot: Tensor) -> None:
     if B == 0:
         return
     grid = (B, triton.cdiv(half, CONFIG["BLOCK"]))
-    cache_reset_kernel[grid](state, slot, HALF=half, **CONFIG)
+    cache_reset_kernel[grid](state, slot, HALF=half, **CONFIG, **EXACT)
 
 
 SPEC = KernelSpec("cache_reset/triton", launch, runs_on_cpu=INTERPRETED)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
-from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.launch import EXACT, INTERPRETED
 
 REFERENCE = "dsv4.reference.cache_writes:compressor_state_append"
 CONFIG = {"num_warps": 4}
@@ -48,7 +48,7 @@ def launch(
         return
     compressor_state_append_kernel[(T,)](
         kappa, gamma, state, slot, position, end_position,
-        ROWS=sizes["rows"], WIDTH=width, BLOCK=triton.next_power_of_2(width), **CONFIG,
+        ROWS=sizes["rows"], WIDTH=width, BLOCK=triton.next_power_of_2(width), **CONFIG, **EXACT,
     )  # fmt: skip
 
 

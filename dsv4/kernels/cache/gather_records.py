@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.checks import check_int
-from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.launch import EXACT, INTERPRETED
 
 REFERENCE = "dsv4.reference.cache_writes:gather_records"
 CONFIG = {"num_warps": 4}
@@ -25,8 +25,8 @@ def gather_records_kernel(
     b = tl.arange(0, BLOCK)
     value_at, scale_at = row * VALUE + b, num_rows * VALUE + row * SCALE + (b - VALUE)
     at = tl.where(b < VALUE, value_at, scale_at)
-    live = (page >= 0) & (row >= 0) & (b < VALUE + SCALE)
-    byte = tl.load(store_ptr + page * stride + at, live, 0)
+    end = tl.where((page >= 0) & (row >= 0), VALUE + SCALE, 0)
+    byte = tl.load(store_ptr + page * stride + at, b < end, 0)
     tl.store(out_ptr + n * (VALUE + SCALE) + b, byte, b < VALUE + SCALE)
 
 
@@ -61,7 +61,7 @@ def launch(
         return
     gather_records_kernel[(N,)](
         store, page, row, out, stride, num_rows, VALUE=value_bytes, SCALE=scale_bytes,
-        BLOCK=triton.next_power_of_2(value_bytes + scale_bytes), **CONFIG,
+        BLOCK=triton.next_power_of_2(value_bytes + scale_bytes), **CONFIG, **EXACT,
     )  # fmt: skip
 
 

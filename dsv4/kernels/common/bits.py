@@ -40,21 +40,13 @@ def bf16_bits(x):
 @triton.jit
 def round_to(x, BF16: tl.constexpr):
     """FP32 rounded to BF16 and back, or left alone."""
-    if BF16:
-        y = (bf16_bits(x) << 16).to(tl.float32, bitcast=True)
-    else:
-        y = x
-    return y
+    return (bf16_bits(x) << 16).to(tl.float32, bitcast=True) if BF16 else x
 
 
 @triton.jit
 def narrow(x, BF16: tl.constexpr):
     """FP32 as BF16 or FP32, for a store."""
-    if BF16:
-        y = bf16_bits(x).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        y = x
-    return y
+    return bf16_bits(x).to(tl.int16).to(tl.bfloat16, bitcast=True) if BF16 else x
 
 
 @triton.jit

@@ -51,7 +51,9 @@ def load_kv_record(
     DATA: tl.constexpr = NOPE + 2 * R
     SCALE_BYTES: tl.constexpr = (NOPE // GROUP + 7) // 8 * 8
     c = tl.arange(0, BLOCK_C)
-    is_nope, is_rope = live & (c < NOPE), live & (c >= NOPE) & (c < C)
+    # The interpreter takes no mask made of a scalar condition, but a bound made of one.
+    end = tl.where(live, C, 0)
+    is_nope, is_rope = (c < NOPE) & (c < end), (c >= NOPE) & (c < end)
     data_ptr = page_ptr + row * DATA
     code = tl.load(data_ptr + c, is_nope, 0).to(tl.int32)
     scale_ptr = page_ptr + num_rows * DATA + row * SCALE_BYTES
@@ -85,7 +87,7 @@ def store_index_key(page_ptr, row, num_rows, x, J: tl.constexpr, MXFP4: tl.const
 def load_index_key(page_ptr, row, num_rows, live, J: tl.constexpr, MXFP4: tl.constexpr):
     """Read index key `row` as FP32 [J]; zeros, and no access, where `live` is false."""
     c = tl.arange(0, J)
-    mask = live & (c < J)
+    mask = c < tl.where(live, J, 0)
     if MXFP4:
         byte = tl.load(page_ptr + row * (J // 2) + c // 2, mask, 0).to(tl.int32)
         scale_ptr = page_ptr + num_rows * (J // 2) + row * (J // MXFP4_GROUP)

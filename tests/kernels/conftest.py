@@ -1,0 +1,21 @@
+"""Kernels run on the GPU if there is one, else on the CPU under Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+# Triton reads this when a kernel is decorated, so it must be set before one is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a CUDA device where there is none."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu)
+    items[:] = [item for item in items if item not in gpu]

@@ -1,0 +1,123 @@
+"""What the interpreter cannot show: CUDA graphs, large shapes, addresses beyond 2^31, compile."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4.core.kv_layout import KvRecord
+from dsv4.ops import cache as ops
+from dsv4.reference import cache_writes as oracle
+from dsv4.reference.kv_records import kv_record_pack
+from dsv4.testing.cases import WindowCase, compressor_case, step_rows
+from dsv4.testing.numeric import assert_bits_equal
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize("page_tokens", [128, 256])
+def test_a_long_prompt_equals_the_oracle(ratio: int, page_tokens: int) -> None:
+    case = compressor_case(ratio, 512, 2048, 2, page_tokens=page_tokens, is_exact=True)
+    steps = [[(0, 0, 1500), (1, 0, 2047)], [(1, 2047, 1), (0, 1500, 548)]]
+    got, want = case.fresh("cuda"), case.fresh()
+    for spans in steps:
+        for impl, x in ((ops, got), (oracle, want)):
+            impl.compressor_insert(**x.insert_args(spans, 3))
+            impl.compressor_state_append(**x.append_args(spans, 3))
+    assert_bits_equal("state", got.state, want.state)
+    assert_bits_equal("pages", got.pages, want.pages)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_long_window_chunk_equals_the_oracle(dtype: torch.dtype) -> None:
+    case = WindowCase.random(4, 1000, 512, rows=128, dtype=dtype)
+    got, want = case.fresh("cuda"), case.fresh()
+    for spans in ([(0, 0, 1000), (2, 0, 50)], [(2, 50, 100), (3, 0, 128)]):
+        ops.kv_window_append(**got.append_args(spans, 5))
+        oracle.kv_window_append(**want.append_args(spans, 5))
+    assert_bits_equal("window", got.window, want.window)
+
+
+def test_a_graph_replays_with_the_tables_of_the_step() -> None:
+    """One captured decode step of 4 rows serves every step, padding included."""
+    case = compressor_case(4, 512, 40, 3, is_exact=True).fresh("cuda")
+    keys = compressor_case(4, 128, 40, 3, keys="mxfp4", is_rotated=True, is_exact=True)
+    window = WindowCase.random(3, 40, 512, rows=128).fresh("cuda")
+    keys, eager = keys.fresh("cuda"), [case.fresh("cuda"), keys.fresh("cuda")]
+    eager_window = window.fresh("cuda")
+
+    def calls(c: Any, k: Any, w: Any, spans: Any, pad: int) -> list[tuple[Any, dict[str, Any]]]:
+        return [
+            (ops.kv_window_append, w.append_args(spans, pad)),
+            (ops.compressor_insert, c.insert_args(spans, pad)),
+            (ops.index_key_insert, k.insert_args(spans, pad)),
+            (ops.compressor_state_append, c.append_args(spans, pad)),
+            (ops.compressor_state_append, k.append_args(spans, pad)),
+        ]
+
+    static = calls(case, keys, window, [], 4)
+    for op, args in static:  # compile before the capture; padding alone changes nothing
+        op(**args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for op, args in static:
+            op(**args)
+    for p in range(24):
+        spans = [(0, p, 1), (2, p, 1)]
+        fresh = calls(case, keys, window, spans, 2)
+        for (_, into), (_, args) in zip(static, fresh, strict=True):
+            for name, x in args.items():
+                if isinstance(x, Tensor) and x.data_ptr() != into[name].data_ptr():
+                    into[name].copy_(x)
+        graph.replay()
+        for op, args in calls(*eager, eager_window, spans, 2):
+            op(**args)
+    assert_bits_equal("window", window.window, eager_window.window)
+    for got, want in zip((case, keys), eager, strict=True):
+        assert_bits_equal("pages", got.pages, want.pages)
+        assert_bits_equal("state", got.state, want.state)
+    assert bool((case.pages != 0xFF).any())
+
+
+def test_addresses_beyond_two_gigabytes() -> None:
+    stride = KvRecord().page_bytes(128)
+    slots = 2**31 // stride + 3
+    window = torch.full((slots, stride), 0xFF, dtype=torch.uint8, device="cuda")
+    kv = torch.randn(2, 512)
+    rows = step_rows([(slots - 1, 5, 1), (1, 7, 1)])
+    rows = {k: rows[k].cuda() for k in ("slot", "position", "end_position")}
+    ops.kv_window_append(kv.cuda(), window, **rows, rows=128, rope_dim=64)
+    got = ops.gather_records(window, rows["slot"], rows["position"], 128, 576, 8)
+    assert_bits_equal("records", got, kv_record_pack(kv))
+    assert int((window[2:-1] != 0xFF).sum()) == 0
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_runs_repeat_bit_for_bit(ratio: int) -> None:
+    case = compressor_case(ratio, 512, 1024, 2, seed=9)
+    runs = []
+    for _ in range(3):
+        own = case.fresh("cuda")
+        ops.compressor_insert(**own.insert_args([(0, 0, 1024), (1, 0, 1000)]))
+        runs.append(own.pages)
+    assert_bits_equal("second", runs[1], runs[0])
+    assert_bits_equal("third", runs[2], runs[0])
+
+
+def test_torch_compile_keeps_the_write() -> None:
+    case = compressor_case(4, 512, 16, is_exact=True)
+    plain, compiled = case.fresh("cuda"), case.fresh("cuda")
+    args = plain.insert_args([(0, 0, 16)])
+    ops.compressor_insert(**args)
+    own = args | {"pages": compiled.pages}
+
+    @torch.compile(fullgraph=True)
+    def step() -> Tensor:
+        ops.compressor_insert(**own)
+        return own["pages"].sum(dtype=torch.int64)
+
+    total = step()
+    assert_bits_equal("pages", compiled.pages, plain.pages)
+    assert_bits_equal("a read after the write", total, plain.pages.sum(dtype=torch.int64))
