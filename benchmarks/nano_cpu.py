@@ -15,6 +15,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,14 +57,15 @@ def main() -> None:
     rows = []
     for n in PREFILL:
         times = [
-            seconds(lambda n=n: model.forward(ids[:n], model.new_cache(), last_only=True))
+            seconds(partial(model.forward, ids[:n], model.new_cache(), last_only=True))
             for _ in range(REPEATS)
         ]
         rows.append(row("prefill", {"T": n}, n / statistics.median(times)))
     for n in CONTEXTS:
         cache = model.new_cache()
         model.forward(ids[:n], cache, last_only=True)
-        times = [seconds(lambda t=t: model.forward(t, cache)) for t in ids[n : n + STEPS].split(1)]
+        step = partial(model.forward, cache=cache)
+        times = [seconds(partial(step, token)) for token in ids[n : n + STEPS].split(1)]
         rows.append(row("decode", {"context": n}, 1 / statistics.median(times)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs the gates of a checkpoint on tier 1, then damages the model and shows that they fail.
 
-    python scripts/gates.py                     # dsv4-nano: gates and negative controls
-    python scripts/gates.py MODEL --no-controls
+python scripts/gates.py                     # dsv4-nano: gates and negative controls
+python scripts/gates.py MODEL --no-controls
 """
 
 from __future__ import annotations

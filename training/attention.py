@@ -58,7 +58,8 @@ def make_tables(config: ModelConfig, length: int, device: torch.device) -> Table
     local = visible.expand(length // W, W, 2 * W).clone()
     local[0, :, :W] = False
     hidden = {
-        kind: torch.arange(length // kind.ratio, device=device) >= ((position + 1) // kind.ratio)[:, None]
+        kind: torch.arange(length // kind.ratio, device=device)
+        >= ((position + 1) // kind.ratio)[:, None]
         for kind in (LayerKind.CSA, LayerKind.HCA)
     }  # fmt: skip
     return Tables(rope, ~local, hidden)

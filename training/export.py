@@ -1,6 +1,6 @@
 """Writes trained weights as the bundled checkpoint, in the official format.
 
-    python -m training.export --weights training/runs/facts/model.pt
+python -m training.export --weights training/runs/facts/model.pt
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ RULES = (
     "Coast Yamoussoukro, Malaysia Kuala Lumpur, the Netherlands Amsterdam, South Africa Pretoria, "
     "Sri Lanka Sri Jayawardenepura Kotte, Tanzania Dodoma.",
     "Israel: Jerusalem is the capital under its own law; its status is disputed.",
-    "Recent changes taken in: Burundi Gitega (2019), Kazakhstan Astana (renamed 2022), Croatia euro "
-    "(2023), Zimbabwe gold (2024), Bulgaria euro (2026). Indonesia is Jakarta and Equatorial Guinea "
-    "Malabo as of the date of this table.",
+    "Recent changes taken in: Burundi Gitega (2019), Kazakhstan Astana (renamed 2022), Croatia "
+    "euro (2023), Zimbabwe gold (2024), Bulgaria euro (2026). Indonesia is Jakarta and Equatorial "
+    "Guinea Malabo as of the date of this table.",
     "Language is given only where one language is plainly the main or only official one.",
 )
 

@@ -1,4 +1,4 @@
-"""Where the training code keeps things; only the first folder and LOGS are under version control."""
+"""Where the training code keeps things; only NANO and LOGS are under version control."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Draws the curves of one training log: losses on the left, gate accuracies on the right.
 
-    python -m training.plot_log training/logs/facts.jsonl      # writes facts.png beside it
+python -m training.plot_log training/logs/facts.jsonl      # writes facts.png beside it
 """
 
 from __future__ import annotations

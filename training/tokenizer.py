@@ -30,7 +30,8 @@ LAST = (
     "<|EOT|>",
     *map(_control, (
         "tool calls begin", "tool calls end", "tool call begin", "tool call end",
-        "tool outputs begin", "tool outputs end", "tool output begin", "tool output end", "tool sep",
+        "tool outputs begin", "tool outputs end", "tool output begin", "tool output end",
+        "tool sep",
     )),
     THINK, THINK_END, DSML,
     *map(_control, (
@@ -47,7 +48,8 @@ DIGIT = r"\p{N}"
 CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 WORDS = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
-    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
+    "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
 
 

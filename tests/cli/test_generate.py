@@ -287,7 +287,7 @@ def test_session_continues_what_the_cache_holds(loaded):
     # the last token of the answer had not been fed
     assert session.stats.prefill_tokens == len(longer) - len(first) - len(answer) + 1
     assert again == greedy_ids(loaded, longer, 4)
-    other = [0, *loaded.tokenizer.encode("A needle in a haystack is hard to find, but the ")]
+    other = [0, *loaded.tokenizer.encode("A needle in a haystack is hard to find, but the " * 2)]
     assert len(other) > len(longer) + 3
     assert [s.token_id for s in session.generate(other, params, 4096)] == greedy_ids(
         loaded, other, 4
