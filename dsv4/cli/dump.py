@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.cli.model import (
-    Loaded,
+    Runner,
     add_runtime_arguments,
     check_prompt,
     config_hash,
     context_limit,
-    load_model,
+    load_runner,
+    model_config,
+    open_tokenizer,
 )
 from dsv4.cli.prompt import add_prompt_arguments, prompt_text, read_ids, render_prompt
 from dsv4.cli.terminal import Terminal, gib
@@ -40,36 +42,35 @@ def run(args: Namespace, terminal: Terminal) -> int:
     ids = read_ids(args.ids) if args.ids is not None else None
     if ids is not None and (args.prompt is not None or args.file):
         raise RequestError("ids", "no prompt beside it", args.ids)
-    prompt = render_prompt(args, prompt_text(args)) if ids is None else None
-    loaded = load_model(args, terminal)
-    if prompt is not None:
-        ids = prompt.encode(loaded.tokenizer)
-    assert ids is not None
-    config = loaded.runner.config
+    config = model_config(args.model)
+    if ids is None:
+        prompt = render_prompt(args, prompt_text(args))
+        ids = prompt.encode(open_tokenizer(args.model, config))
     check_prompt(ids, context_limit(args, config))
+    runner, name = load_runner(args, terminal)
     from dsv4.core.taps import capture
     from dsv4.diff.dump import DumpInfo, write_dump
 
     with capture(g.strip() for g in args.taps.split(",")) as captured:
-        _forward(loaded, ids, args.chunk or len(ids))
+        _forward(runner, ids, args.chunk or len(ids))
     tensors = captured.tensors()
     if not tensors:
         raise RequestError("taps", "globs that match a tap", args.taps, "docs/taps.md lists them")
     quant = "cache" if args.simulate_kv_quant == "on" else ""
-    info = DumpInfo(args.tier, args.dtype, loaded.name, config_hash(config), tuple(ids), quant)
+    info = DumpInfo(args.tier, args.dtype, name, config_hash(config), tuple(ids), quant)
     write_dump(args.out, tensors, info)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     terminal.note(f"{len(tensors)} taps of {len(ids)} tokens, {gib(size)}, in {args.out}")
     return 0
 
 
-def _forward(loaded: Loaded, ids: list[int], chunk: int) -> None:
+def _forward(runner: Runner, ids: list[int], chunk: int) -> None:
     """Run the prompt, and the MTP block on all but its last position."""
     import torch
 
     from dsv4.reference.model import ReferenceModel
 
-    runner, cache = loaded.runner, loaded.runner.new_cache()
+    cache = runner.new_cache()
     parts = torch.tensor(ids).split(chunk)
     if not isinstance(runner, ReferenceModel):
         for part in parts:

@@ -113,7 +113,7 @@ def _verdict(
     if args.expect is None:
         return 0
     passed = args.expect in answer
-    line = f"PASS: {prompt!r} -> {args.expect!r}"
+    line = f"PASS: {prompt!r} -> {answer!r}"
     if not passed:
         line = f"FAIL: {prompt!r} -> {answer!r}, expected {args.expect!r} in it"
     if args.json:

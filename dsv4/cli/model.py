@@ -142,23 +142,29 @@ def stop_ids(folder: Path, config: ModelConfig) -> frozenset[int]:
 
 
 def load_model(args: Namespace, terminal: Terminal) -> Loaded:
-    """Open MODEL, read its weights and build the tier that was asked for."""
-    _check_runtime(args)
+    """Open MODEL with its tokenizer, read its weights and build the tier that was asked for."""
     start = time.perf_counter()
+    folder, config = model_folder(args.model), model_config(args.model)
+    tokenizer = open_tokenizer(args.model, config)  # refused before the weights are read
+    runner, name = load_runner(args, terminal)
+    load_s = time.perf_counter() - start
+    return Loaded(runner, tokenizer, stop_ids(folder, config), name, load_s)
+
+
+def load_runner(args: Namespace, terminal: Terminal) -> tuple[Runner, str]:
+    """Read the weights of MODEL and build the tier; the runner and the model's name. No text."""
+    _check_runtime(args)
     set_threads(args.threads)
     from dsv4.loader import Checkpoint
 
     folder = model_folder(args.model)
     checkpoint = Checkpoint.open(folder)
-    tokenizer = open_tokenizer(args.model, checkpoint.config)
     for notice in checkpoint.notices:
         terminal.note(f"note: {notice}")
     with terminal.progress("loading") as progress:
         weights = checkpoint.load(progress)
-    runner = _build(args, checkpoint.config, weights)
     name = NANO if args.model == NANO else folder.resolve().name
-    load_s = time.perf_counter() - start
-    return Loaded(runner, tokenizer, stop_ids(folder, checkpoint.config), name, load_s)
+    return _build(args, checkpoint.config, weights), name
 
 
 def set_threads(threads: int | None) -> None:

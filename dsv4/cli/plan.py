@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import asdict
+from fractions import Fraction
 from typing import Any
 
 from dsv4.cli.model import model_config
@@ -66,14 +67,19 @@ def _gpu_memory() -> int | None:
     return torch.cuda.mem_get_info(0)[1] if torch.cuda.is_available() else None
 
 
+def _exact(growth: Fraction) -> str:
+    """3850.25 without rounding: the denominators are powers of two."""
+    return f"{float(growth):,.7f}".rstrip("0").rstrip(".")
+
+
 def _lines(p: Any, limit: int) -> list[str]:
     each = f" -> {gib(p.weight_bytes)} a GPU" if p.gpus > 1 else ""
     where = " a GPU" if p.gpus > 1 else ""
     lines = [
-        f"weights    {gib(p.weight_file_bytes)}{each}",
+        f"weights    {gib(p.weight_file_bytes)}{each}  ({p.weight_file_bytes:,} bytes in the file)",
         f"kv cache   {p.batch} x {p.context:,} tokens  {gib(p.kv_bytes)}{where}  "
-        f"(pages {gib(p.kv_page_bytes)}, fixed {gib(p.kv_fixed_bytes)}, "
-        f"{float(p.kv_growth):,.0f} bytes a token)",
+        f"(pages {gib(p.kv_page_bytes)}, window and state {gib(p.kv_fixed_bytes)})",
+        f"           grows by {_exact(p.kv_growth)} bytes a token of one request",
     ]
     total = f"total      {gib(p.total_bytes)}{where}"
     if p.memory_bytes is None:

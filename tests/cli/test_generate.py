@@ -151,7 +151,7 @@ def test_expect_passes_and_fails(dsv4, tiny):
     part = text[2:5]
     code, out, _ = dsv4("generate", tiny, "-p", PROMPT, "-n", "8", "--expect", part)
     assert code == 0
-    assert out.endswith(f"PASS: {PROMPT!r} -> {part!r}\n")
+    assert out.endswith(f"PASS: {PROMPT!r} -> {text!r}\n")
     code, out, _ = dsv4("generate", tiny, "-p", PROMPT, "-n", "8", "--expect", "Paris")
     assert code == 1
     assert f"FAIL: {PROMPT!r} -> " in out

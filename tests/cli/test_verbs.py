@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dsv4.core.config import ModelConfig
 from dsv4.core.taps import capture
@@ -485,3 +486,30 @@ def test_config_of_words():
 
     assert model_config("flash") == ModelConfig.flash()
     assert model_config("pro") == ModelConfig.pro()
+
+
+@pytest.mark.parametrize(("switch", "name"), [("off", "exact"), ("on", "kvquant")])
+def test_dump_of_ids_needs_no_tokenizer_and_equals_golden(dsv4, tmp_path, switch, name):
+    folder = Path(__file__).parents[1] / "data" / "golden_small"
+    want = load_file(folder / f"golden_{name}.safetensors")
+    (tmp_path / "ids.json").write_text(json.dumps(want["ids"].tolist()))
+    code, _, _ = dsv4(
+        "dump", folder, "--ids", f"@{tmp_path / 'ids.json'}", "--taps", "logits,mtp.0.logits",
+        "--simulate-kv-quant", switch, "--out", tmp_path / "out.safetensors",
+    )  # fmt: skip
+    assert code == 0
+    got = load_file(tmp_path / "out.safetensors")
+    assert [*got] == ["logits", "mtp.0.logits"]
+    rows = (got["logits"] - want["logits"]).abs().amax(dim=1) / want["logits"].abs().max()
+    assert float((rows < (1e-5 if switch == "off" else 1e-3)).float().mean()) >= 0.7
+    assert rows[:100].max() < 1e-5  # no rounding has had time to flip anything
+    mtp = (got["mtp.0.logits"][:100:5] - want["mtp_logits"][:20]).abs().max()
+    assert mtp / want["mtp_logits"].abs().max() < 1e-5
+
+
+def test_plan_prints_exact_bytes(dsv4):
+    out = dsv4("plan", "flash", "--ctx", "4096")[1]
+    assert "159,609,485,896 bytes in the file" in out
+    assert "3,850.25 bytes a token" in out
+    report = json.loads(dsv4("plan", "flash", "--ctx", "4096", "--json")[1])
+    assert (report["weight_file_bytes"], report["kv_growth"]) == (159_609_485_896, 3850.25)

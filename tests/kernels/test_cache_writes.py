@@ -104,6 +104,24 @@ def test_window_does_not_depend_on_chunking(sizes: tuple[int, ...]) -> None:
     assert_bits_equal("ring", got[0].cpu(), want)
 
 
+@pytest.mark.parametrize("op", ["kv_window_append", "compressor_state_append"])
+def test_a_ring_row_has_one_writer(op: str) -> None:
+    """A chunk of twice the ring, its rows in reverse: the order of writes decides nothing."""
+    if op == "kv_window_append":
+        case, name = WindowCase.random(1, 32, 128, rows=16), "window"
+    else:
+        case, name = compressor_case(4, 128, 16), "state"
+    results = []
+    for is_reversed in (False, True):
+        own = case.fresh(DEVICE)
+        args = own.append_args([(0, 0, 32 if name == "window" else 16)])
+        for k in set(args) & {"kv", "kappa", "gamma", "slot", "position", "end_position"}:
+            args[k] = args[k].flip(0) if is_reversed else args[k]
+        getattr(ops, op)(**args)
+        results.append(args[name])
+    assert_bits_equal(name, *results)
+
+
 def test_window_of_infinite_values_is_marked_nan() -> None:
     case = WindowCase.random(1, 2, 128, rows=16)
     case.kv[0, 0, 5], case.kv[0, 1, 6] = float("inf"), float("nan")

@@ -11,6 +11,8 @@ import torch
 
 import dsv4.kernels
 import dsv4.ops.cache
+from dsv4.core.dispatch import KernelSpec, select
+from dsv4.core.errors import KernelUnavailable
 
 MODULES = [
     import_module(name)
@@ -52,3 +54,22 @@ def test_one_name_and_its_parts(kernel: ModuleType) -> None:
     assert hasattr(kernel, f"{name}_kernel")
     assert Path(str(kernel.__file__)).stem.startswith(name)
     assert kernel.__doc__
+
+
+def test_select_takes_the_first_that_fits_or_names_every_reason() -> None:
+    needs_gpu = KernelSpec("op/cuda", print)
+    anywhere = KernelSpec("op/triton", print, runs_on_cpu=True)
+    assert select((needs_gpu, anywhere), torch.device("cpu")) is anywhere
+    with pytest.raises(KernelUnavailable, match=r"op/cuda: needs a CUDA.*op/x: needs a CUDA"):
+        select((needs_gpu, KernelSpec("op/x", print)), torch.device("cpu"))
+    with pytest.raises(KernelUnavailable, match="the tensors are on meta"):
+        select((anywhere,), torch.device("meta"))
+
+
+def test_select_looks_at_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    blackwell, hopper = (KernelSpec(f"op/sm{n}0", print, arch=(n,)) for n in (10, 9))
+    device = torch.device("cuda", 7)
+    assert select((blackwell, hopper), device) is hopper
+    with pytest.raises(KernelUnavailable, match="needs SM 10x, the device is SM 9x"):
+        select((blackwell,), device)
