@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from dsv4.cache.manager import CachedRequest, CacheManager
 from dsv4.cache.schema import CacheSchema
+from dsv4.cache.step import StepRows
 from dsv4.cache.storage import CacheStorage
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import CapacityError
@@ -86,7 +87,8 @@ class Life:
         if canary is not None:
             for r, _ in batch:
                 canary.check(r.slot, r.pages, self.tokens[r.number])
-        step = self.manager.prepare(batch)
+        padding = self.rng.choice([0, 0, 3])
+        step = self.manager.prepare(batch, sum(n for _, n in batch) + padding)
         for r, n in batch:
             own = self.tokens[r.number]
             first = own[0] if own else self.rng.choice([1, 2])
@@ -96,8 +98,12 @@ class Life:
             ]
             if canary is not None:
                 canary.wrote(r.slot, r.pages, self.tokens[r.number], r.length)
+        self.after_step(batch, step.rows)
         step.commit()
         return True
+
+    def after_step(self, batch: list[tuple[CachedRequest, int]], rows: StepRows) -> None:
+        """What the model would write between `prepare` and `commit`."""
 
     def fork(self) -> bool:
         request = self._pick(resident=True)

@@ -1,0 +1,110 @@
+"""Paged cache == contiguous reference cache, bitwise, after random lives of several requests.
+
+The writes go through the oracles of the cache ops for most histories, and through the kernels
+under Triton's interpreter (or on a GPU) for some: it takes a second or two for each.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from dsv4.ops import cache as kernel_writes
+from dsv4.reference import cache_writes as oracle_writes
+from support.cache_history import History
+from support.cache_life import small_manager
+
+HISTORIES = int(os.environ.get("DSV4_STRESS_HISTORIES", "100"))
+CHUNK = 10
+
+
+def live(page_tokens: int, seed: int, writes, operations: int) -> History:
+    history = History(small_manager(page_tokens, num_pages=2048 // page_tokens), seed, writes)
+    for _ in range(operations):
+        history.one()
+        history.manager.check()
+    history.compare_all()
+    for r in [r for r in history.manager.requests if not r.is_resident]:
+        if history.manager.num_free_slots:
+            history.manager.restore(r)
+    history.compare_all()
+    return history
+
+
+@pytest.mark.parametrize("page_tokens", [128, 256])
+@pytest.mark.parametrize("first", range(0, HISTORIES // 2, CHUNK))
+def test_gathered_pages_equal_the_contiguous_cache(page_tokens: int, first: int) -> None:
+    done = [live(page_tokens, seed, oracle_writes, 40) for seed in range(first, first + CHUNK)]
+    assert sum(h.compared for h in done) > CHUNK
+    assert sum(h.done["fork"] for h in done) > 0
+    assert sum(h.done["restore"] for h in done) > 0
+
+
+@pytest.mark.parametrize("page_tokens", [128, 256])
+def test_histories_through_the_kernels(page_tokens: int) -> None:
+    done = [live(page_tokens, seed, kernel_writes, 14) for seed in range(4)]
+    assert sum(h.compared for h in done) > 3
+
+
+@pytest.mark.parametrize("page_tokens", [128, 256])
+def test_a_prefix_hit_equals_a_cold_prefill(page_tokens: int) -> None:
+    """Prefill in two requests with one prefix: the second starts from the kept state."""
+    history = History(small_manager(page_tokens), 0, oracle_writes)
+    m, tokens = history.manager, [k % 7 for k in range(300)]
+
+    def feed(request, upto: int, size: int) -> None:
+        while request.length < upto:
+            n = min(size, upto - request.length)
+            step = m.prepare([(request, n)])
+            history.tokens[request.number] = tokens[: request.length + n]
+            history.after_step([(request, n)], step.rows)
+            step.commit()
+
+    first = m.admit(tokens)
+    assert first.length == 0
+    for boundary in (128, 256):
+        feed(first, boundary, 64)
+        assert m.keep_prefix(first, tokens[:boundary])
+    feed(first, 300, 7)
+    second = m.admit(tokens)
+    assert second.length == 256
+    history.tokens[second.number] = tokens[:256]
+    history.compare_all()
+    feed(second, 300, 11)
+    history.compare_all()
+    assert history.compared == 4
+
+
+def test_the_comparison_can_fail() -> None:
+    history = History(small_manager(128), 1, oracle_writes)
+    m = history.manager
+    r = m.admit()
+    step = m.prepare([(r, 140)])
+    history.tokens[r.number] = [k % 5 for k in range(140)]
+    history.after_step([(r, 140)], step.rows)
+    step.commit()
+    history.compare_all()
+    stores = [(r.slot, view) for view in m.storage.slot_views()]
+    for row, view in stores + [(r.pages[0], view) for view in m.storage.page_views()]:
+        kept = view[row].clone()
+        view[row] += 1
+        with pytest.raises(AssertionError):
+            history.compare_all()
+        view[row] = kept
+    history.compare_all()
+
+
+def test_unwritten_bytes_do_not_matter() -> None:
+    """Two caches, one poisoned with 0xFF and one with zeros, hold the same records."""
+    ends = []
+    for byte in (0xFF, 0x00):
+        history = History(small_manager(128), 5, oracle_writes)
+        for view in (*history.manager.storage.slot_views(), *history.manager.storage.page_views()):
+            view.fill_(byte)
+        for _ in range(40):
+            history.one()
+        history.compare_all()
+        ends.append([(r.number, r.length) for r in history.manager.requests])
+    assert ends[0] == ends[1]
+    assert ends[0]
