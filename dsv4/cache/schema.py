@@ -138,6 +138,18 @@ class CacheSchema:
         """Bytes of both allocations."""
         return self.page_bytes + self.state_bytes
 
+    @property
+    def page_stride(self) -> int:
+        """Bytes that one page number stands for, over all layers."""
+        stores = [r for x in self.layers for r in (x.entries, x.index_keys)]
+        return sum(r.stride for r in (*stores, self.entry_tags) if r is not None)
+
+    @property
+    def slot_stride(self) -> int:
+        """Bytes that one slot stands for, over all layers."""
+        stores = [r for x in self.layers for r in (x.window, x.state, x.index_state)]
+        return sum(r.stride for r in (*stores, self.ring_tags) if r is not None)
+
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens."""
         return -(-tokens // self.page_tokens)

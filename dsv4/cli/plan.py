@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
 
 def run(args: Namespace, terminal: Terminal) -> int:
     """Exit code: 0, or 1 when it does not fit."""
-    from dsv4.core.plan import MemoryPlan, plan
+    from dsv4.cache.plan import MemoryPlan, plan
 
     config = model_config(args.model)
     memory = args.memory if args.memory is not None else _gpu_memory()

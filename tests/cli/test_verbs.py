@@ -144,7 +144,7 @@ def test_plan_text_and_exit_code(dsv4):
 
 
 def test_plan_json_equals_the_planner(dsv4, tiny):
-    from dsv4.core.plan import plan
+    from dsv4.cache.plan import plan
 
     code, out, _ = dsv4("plan", tiny, "--ctx", "1000", "--batch", "3", "--index-keys", "mxfp4",
                         "--page-tokens", "128", "--memory", "1G", "--json")  # fmt: skip

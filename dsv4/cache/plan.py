@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from dsv4.cache.schema import CacheSchema
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import RequestError
 from dsv4.core.inventory import TensorSpec, tensor_specs
-from dsv4.core.kv_layout import (
-    DEFAULT_PAGE_TOKENS,
-    IndexKeys,
-    check_index_keys,
-    check_page_tokens,
-    fixed_state_bytes,
-    fixed_window_bytes,
-    growth_per_token,
-    mtp_window_bytes,
-    page_set_bytes,
-)
+from dsv4.core.kv_layout import DEFAULT_PAGE_TOKENS, IndexKeys, growth_per_token
 
 # Matrices with a dim of heads, groups, channels or words, which GPUs can divide among them.
 DIVIDED = ("wq_b", "wo_a", "wo_b", "shared_experts", "embed", "head")
@@ -31,12 +23,12 @@ class MemoryPlan:
 
     weight_file_bytes       all tensors of the checkpoint, headers not counted
     weight_bytes            weights per GPU
-    kv_page_set_bytes       the pages, over all layers, of `page_tokens` tokens of one request
-    pages_per_request       page sets a request of `context` tokens needs, the last one rounded up
-    kv_page_bytes           all pages of the batch
+    kv_page_set_bytes       one page: `page_tokens` tokens of one request, over all layers
+    pages_per_request       pages a request of `context` tokens needs, the last one rounded up
+    kv_page_bytes           the paged allocation: pages of the batch and the null page
     kv_fixed_per_request    window rings and compressor state of one request, MTP windows included
-    kv_fixed_bytes          the same for the batch
-    kv_bytes                kv_page_bytes + kv_fixed_bytes, per GPU
+    kv_fixed_bytes          the state allocation: the same for the batch
+    kv_bytes                kv_page_bytes + kv_fixed_bytes, per GPU: what CacheStorage allocates
     kv_growth               bytes one more token of one request adds, page padding not counted
     total_bytes             weight_bytes + kv_bytes, per GPU
     memory_bytes            memory of one GPU, when it was given
@@ -100,18 +92,23 @@ def plan(
     head that every GPU reads. Raises RequestError for an argument out of range.
     """
     _check_arguments(config, gpus, context, batch, memory_bytes)
-    check_index_keys(index_keys)
-    check_page_tokens(page_tokens)
     specs = tensor_specs(config).values()
     weights = weight_bytes_per_gpu(config, specs, gpus)
-    page_set = page_set_bytes(config, index_keys, page_tokens)
-    pages = -(-context // page_tokens)
-    fixed = fixed_state_bytes(config) + fixed_window_bytes(config) + mtp_window_bytes(config)
-    kv = batch * (pages * page_set + fixed)
+
+    def schema_of(pages: int) -> CacheSchema:
+        return CacheSchema.of(
+            config, num_pages=batch * pages + 1, num_slots=batch, page_tokens=page_tokens,
+            index_keys=index_keys,
+        )  # fmt: skip
+
+    schema = schema_of(-(-context // page_tokens))
     largest = None
     if memory_bytes is not None:
-        free = memory_bytes - weights - batch * fixed
-        largest = _largest_context(config, free, batch * page_set, page_tokens)
+        limit = config.max_position_embeddings
+        most = -(-limit // page_tokens)
+        pages = bisect_right(range(most + 1), memory_bytes - weights,
+                             key=lambda n: schema_of(n).nbytes)  # fmt: skip
+        largest = min((pages - 1) * page_tokens, limit) if pages else 0
     return MemoryPlan(
         gpus=gpus,
         context=context,
@@ -120,14 +117,14 @@ def plan(
         page_tokens=page_tokens,
         weight_file_bytes=sum(s.nbytes for s in specs),
         weight_bytes=weights,
-        kv_page_set_bytes=page_set,
-        pages_per_request=pages,
-        kv_page_bytes=batch * pages * page_set,
-        kv_fixed_per_request=fixed,
-        kv_fixed_bytes=batch * fixed,
-        kv_bytes=kv,
+        kv_page_set_bytes=schema.page_stride,
+        pages_per_request=schema.pages_for(context),
+        kv_page_bytes=schema.page_bytes,
+        kv_fixed_per_request=schema.slot_stride,
+        kv_fixed_bytes=schema.state_bytes,
+        kv_bytes=schema.nbytes,
         kv_growth=growth_per_token(config, index_keys),
-        total_bytes=weights + kv,
+        total_bytes=weights + schema.nbytes,
         memory_bytes=memory_bytes,
         largest_context=largest,
     )
@@ -147,16 +144,6 @@ def weight_bytes_per_gpu(config: ModelConfig, specs: Iterable[TensorSpec], gpus:
     per_expert = experts // config.n_routed_experts  # over all layers; experts are alike
     most = -(-config.n_routed_experts // gpus)
     return most * per_expert + -(-divided // gpus) + replicated
-
-
-def _largest_context(config: ModelConfig, free: int, page_set: int, page_tokens: int) -> int:
-    """Tokens a request can have in `free` bytes when a step of `page_tokens` costs `page_set`."""
-    limit = config.max_position_embeddings
-    if free < 0:
-        return 0
-    if page_set == 0:  # window layers alone: nothing grows
-        return limit
-    return min(limit, free // page_set * page_tokens)
 
 
 def _check_arguments(

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4.cache.plan import plan, weight_bytes_per_gpu
+from dsv4.cache.schema import CacheSchema
+from dsv4.cache.storage import CacheStorage
 from dsv4.core.config import LayerKind, ModelConfig
 from dsv4.core.errors import RequestError
 from dsv4.core.inventory import tensor_specs
-from dsv4.core.kv_layout import compressor_state_bytes, layer_bytes, window_bytes
-from dsv4.core.plan import plan, weight_bytes_per_gpu
+from dsv4.core.kv_layout import KvRecord, compressor_state_bytes, layer_bytes
 
 FLASH, PRO, NANO = ModelConfig.flash(), ModelConfig.pro(), ModelConfig.nano()
 GIB = 1 << 30
@@ -20,8 +22,8 @@ GIB = 1 << 30
 @pytest.mark.parametrize(
     ("config", "weights", "growth", "fixed"),
     [
-        (FLASH, 159_609_485_896, "3850.25", 12_206_080 + 3_214_336 + 74_752),
-        (PRO, 864_704_792_696, "5511.4375", 18_710_528 + 4_559_872 + 74_752),
+        (FLASH, 159_609_485_896, "3850.25", 12_206_080 + 44 * 74_880),
+        (PRO, 864_704_792_696, "5511.4375", 18_710_528 + 62 * 74_880),
     ],
 )
 def test_plan_gives_the_published_figures(
@@ -41,8 +43,9 @@ def test_plan_of_one_long_flash_request() -> None:
     p = plan(FLASH, context=1 << 20, batch=1)
     content = 1_048_576 * p.kv_growth
     assert p.pages_per_request == 4096
-    assert p.kv_page_bytes == 4096 * 998_208
-    assert content < p.kv_page_bytes < content * Fraction("1.013")
+    assert p.kv_page_set_bytes == 998_208
+    assert 4097 * 998_208 <= p.kv_page_bytes < 4097 * 998_208 + 64 * 128  # null page, alignment
+    assert content < p.kv_page_bytes < content * Fraction("1.014")
     assert p.total_bytes == p.weight_bytes + p.kv_bytes == 159_609_485_896 + p.kv_bytes
 
 
@@ -51,14 +54,21 @@ def test_plan_counts_what_every_layer_allocates() -> None:
     pages = 6  # 700 tokens in pages of 128
     kinds = [NANO.layer_kind(j) for j in range(NANO.num_hidden_layers)]
     assert kinds.count(LayerKind.HCA) == 2
-    per_request = sum(
-        pages * layer_bytes(NANO, kind, "mxfp4", 128).page_bytes
-        + window_bytes(NANO)
-        + compressor_state_bytes(NANO, kind)
-        for kind in kinds
-    )
-    assert p.kv_bytes == 3 * per_request
+    pages_of = sum(layer_bytes(NANO, kind, "mxfp4", 128).page_bytes for kind in kinds)
+    ring = KvRecord.of(NANO).page_bytes(128)
+    states = sum(ring + compressor_state_bytes(NANO, kind) for kind in kinds)
+    assert (p.kv_page_set_bytes, p.kv_fixed_per_request) == (pages_of, states)
+    exact = (3 * pages + 1) * pages_of + 3 * states
+    assert exact <= p.kv_bytes < exact + 30 * 128  # regions begin on multiples of 128
     assert p.kv_bytes == p.kv_page_bytes + p.kv_fixed_bytes
+
+
+def test_plan_equals_what_is_allocated() -> None:
+    p = plan(NANO, context=700, batch=3, page_tokens=128)
+    schema = CacheSchema.of(NANO, num_pages=3 * 6 + 1, num_slots=3, page_tokens=128)
+    storage = CacheStorage(schema, "meta")
+    assert p.kv_page_bytes == storage.pages.numel()
+    assert p.kv_fixed_bytes == storage.states.numel()
 
 
 @pytest.mark.parametrize(("context", "pages"), [(1, 1), (256, 1), (257, 2)])
