@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # On shared cores more threads are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test gates lint format gpu bench clean oracle
+.PHONY: demo test gates oracle stress aot lint format gpu bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/dsv4 generate nano -p "The capital of France is" -n 8 --stop "." --expect Paris
@@ -33,6 +33,15 @@ lint: $(VENV)/.ready-dev
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A million operations of the cache manager, thousands of histories of the paged cache.
+stress: $(VENV)/.ready-dev
+	DSV4_STRESS_OPERATIONS=1000000 DSV4_STRESS_HISTORIES=2000 DSV4_STRESS_KERNEL_HISTORIES=200 \
+	  $(BIN)/pytest -n 2 -s tests/cache
+
+# Every kernel compiled for sm_90 and sm_100, no GPU needed.
+aot: $(VENV)/.ready-dev
+	$(BIN)/python tools/aot.py
 
 # Needs a CUDA device and an environment that has torch.
 gpu:

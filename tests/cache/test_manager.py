@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from dsv4.cache.allocator import PageAllocator
 from dsv4.cache.canary import CacheCorruptionError
 from dsv4.cache.manager import CacheManager
 from dsv4.cache.plan import plan
@@ -331,18 +332,38 @@ def test_freed_pages_are_poisoned() -> None:
     assert all((view[page] == 0xFF).all() for view in m.storage.page_views())
 
 
-def test_fail_at_every_page() -> None:
-    """Whatever the number of pages, a refusal leaks nothing and the next request succeeds."""
-    for num_pages in range(2, 12):
-        life = Life(small_manager(128, num_pages=num_pages), seed=num_pages)
-        life.run(200)
+@pytest.mark.parametrize("seed", range(20))
+def test_fail_at_every_allocation(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scenario of 40 operations, again and again, its k-th taking of pages refused, for all k."""
+    take, calls, k = PageAllocator.take, 0, -1
+
+    def refusing(self: PageAllocator, n: int) -> list[int]:
+        nonlocal calls
+        calls += n > 0
+        if n > 0 and calls == k:
+            raise CapacityError("cache pages", n, 0)
+        return take(self, n)
+
+    monkeypatch.setattr(PageAllocator, "take", refusing)
+    refused = 0
+    while True:
+        calls, k = 0, k + 1
+        life = Life(small_manager(128), seed)
+        life.run(40)  # checks every invariant after every operation
+        refused += sum(n for name, n in life.done.items() if name.endswith("refused"))
         m = life.manager
         for r in m.requests:
             m.release(r)
+        grow(m, m.admit(), 200)  # the next request is served
+        m.check()
         while len(m.prefixes):
             m._release_pages(m.prefixes.evict().pages)
-        assert m.allocator.num_free == num_pages - 1
-        assert m.num_free_slots == m.schema.num_slots
+        m.release(m.requests[0])
+        assert m.allocator.num_free == m.schema.num_pages - 1
+        if calls < k:
+            break
+    assert k > 5
+    assert refused >= k - 1
 
 
 def test_max_context_is_checked() -> None:

@@ -64,8 +64,14 @@ class History(Life):
     def __init__(self, manager: CacheManager, seed: int, writes: ModuleType) -> None:
         super().__init__(manager, seed)
         self.writes, self.compared = writes, 0
+        self.poison_table = False
         for view in (*manager.storage.slot_views(), *manager.storage.page_views()):
             view.fill_(0xFF)  # what nobody wrote must not matter
+
+    def page_table(self) -> Tensor:
+        """The manager's table; on request with absurd page numbers wherever none is in use."""
+        table = self.manager.page_table
+        return table.where(table > 0, 2**31 - 1) if self.poison_table else table
 
     def after_step(self, batch: list[tuple[CachedRequest, int]], rows: StepRows) -> None:
         for layer in self.manager.schema.layers:
@@ -100,7 +106,7 @@ class History(Life):
         gamma = _padded([scores_of(width, r.length, r.length + n) for r, n in batch], width, T)
         cos, sin = tables(c, layer.kind, c.max_position_embeddings // layer.kind.ratio)
         args = (
-            kappa, gamma, state, torch.ones(dim), cos, sin, pages, self.manager.page_table,
+            kappa, gamma, state, torch.ones(dim), cos, sin, pages, self.page_table(),
             rows.slot, rows.position, rows.first_row, rows.first_position, layer.kind.ratio,
             layer.entries_per_page, EPS, DTYPE,
         )  # fmt: skip
