@@ -1,4 +1,4 @@
-"""Training rows cut from the packed streams, kept on the device."""
+"""The packed streams, mixed into one."""
 
 from __future__ import annotations
 
@@ -31,24 +31,7 @@ def mix_documents(folder: Path, shares: Mapping[str, float], seed: int) -> np.nd
     return np.concatenate([pieces[i] for i in order])
 
 
-class Batches:
-    """Random rows of a stream; each starts at the start of a document, as prompts do."""
-
-    def __init__(self, stream: np.ndarray, device: torch.device, seed: int) -> None:
-        self.tokens = torch.from_numpy(stream.astype(np.int32)).to(device)
-        self.starts = ((self.tokens & (ANSWER_BIT - 1)) == 0).nonzero().flatten()
-        self.rng = torch.Generator(device=device).manual_seed(seed)
-
-    def frequency(self, vocab_size: int) -> Tensor:
-        """Counts of every token id [V], on the CPU."""
-        return torch.bincount((self.tokens & (ANSWER_BIT - 1)).cpu(), minlength=vocab_size).float()
-
-    def next(self, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """-> ids, targets [B, T] int64, is_answer [B, T] of the targets."""
-        device = self.tokens.device
-        usable = int((self.starts < len(self.tokens) - length - 1).sum())
-        pick = torch.randint(usable, (rows,), device=device, generator=self.rng)
-        at = self.starts[pick][:, None] + torch.arange(length + 1, device=device)
-        cut = self.tokens[at]
-        ids = (cut & (ANSWER_BIT - 1)).long()
-        return ids[:, :-1], ids[:, 1:], cut[:, 1:] >= ANSWER_BIT
+def token_frequency(stream: np.ndarray, vocab_size: int) -> Tensor:
+    """Counts of every token id [V]."""
+    tokens = torch.from_numpy((stream & (ANSWER_BIT - 1)).astype(np.int64))
+    return torch.bincount(tokens, minlength=vocab_size).float()

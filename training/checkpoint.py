@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from dsv4.core.config import ModelConfig
 from dsv4.core.formats import DTYPES, FP8_BLOCK128, MXFP4, BlockScaledTensor
 from dsv4.core.inventory import TensorSpec, tensor_specs
+from dsv4.loader.checkpoint import Checkpoint
 from dsv4.reference.quant import dequantize, fp8_block_quantize, mxfp4_quantize
 from training.model import TrainingModel
 
@@ -71,6 +73,17 @@ def official_weights(model: TrainingModel) -> dict[str, Tensor | BlockScaledTens
     if set(values) != set(specs):
         raise KeyError(f"parameters: {sorted(set(values) ^ set(specs))[:5]} differ from the config")
     return {name: as_stored(values[name].detach().cpu(), spec) for name, spec in specs.items()}
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """State dict of the training model, from a model.pt or an official checkpoint folder."""
+    if path.is_file():
+        return torch.load(path, map_location="cpu", weights_only=True)
+    weights = Checkpoint.open(path).load()
+    values = {
+        k: dequantize(v) if isinstance(v, BlockScaledTensor) else v for k, v in weights.items()
+    }
+    return stack_names(values)
 
 
 def _rounded(value: Tensor, spec: TensorSpec) -> Tensor:

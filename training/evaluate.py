@@ -12,9 +12,13 @@ from torch import Tensor
 from dsv4.testing.gates import Gate, TokenizerLike
 from training.attention import Switches
 from training.model import TrainingModel
+from training.needles import Row
+from training.tally import TALLY
 
 PAD = 2
 LENGTH = 128  # every gate prompt is shorter
+BANDS = ((1, 128), (128, 768), (768, 1 << 20))  # window, reach of stacked windows, beyond
+ROWS_AT_ONCE = 1 << 15  # tokens
 
 
 class GateTokens:
@@ -43,3 +47,34 @@ def gate_accuracies(
 ) -> dict[str, float]:
     """Gate name -> accuracy."""
     return {gate.name: gate.accuracy(model(gate.rows, switches)[0]) for gate in gates}
+
+
+class LookupTokens:
+    """Needle and tally rows of one length, to measure accuracies on."""
+
+    def __init__(self, rows: dict[str, Row], device: torch.device) -> None:
+        self.rows = {
+            kind: (torch.from_numpy(row.ids).to(device), torch.from_numpy(row.marks).to(device))
+            for kind, row in rows.items()
+        }
+
+    @torch.no_grad()
+    def accuracies(self, model: TrainingModel, switches: Switches) -> dict[str, float]:
+        """ "direct<128", "direct<768", "direct" (beyond), ... and "tally" -> share of right tokens.
+
+        A digit counts as a token of its own, after the right digits before it.
+        """
+        out = {}
+        for kind, (ids, marks) in self.rows.items():
+            size = max(1, ROWS_AT_ONCE // ids.shape[1])
+            guesses = [model(x[:, :-1], switches)[0].argmax(-1) for x in ids.split(size)]
+            right, marked = torch.cat(guesses) == ids[:, 1:], marks[:, 1:]
+            if kind == "tally":
+                out[kind] = float(right[marked == TALLY].float().mean())
+                continue
+            for low, high in BANDS:
+                chosen = (marked >= max(low, 2)) & (marked < high)
+                name = kind if high > 768 else f"{kind}<{high}"
+                if chosen.any():
+                    out[name] = float(right[chosen].float().mean())
+        return out

@@ -16,7 +16,6 @@ def _mixes(x: Tensor, fn: Tensor, eps: float) -> Tensor:
     return (flat @ fn.T) * rho
 
 
-@torch.compiler.disable  # unrolled, its 40 steps take the compiler minutes; eager they cost 25 ms
 def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     """Softmax over rows, then alternate column and row normalisations; [..., N, N] -> same."""
     comb = comb.softmax(-1) + eps
@@ -25,6 +24,25 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
         comb = comb / (comb.sum(-1, keepdim=True) + eps)
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
     return comb
+
+
+def _join(o: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    mixed = sum(comb[..., j, :, None] * x[..., j, None, :] for j in range(x.shape[-2]))
+    return post.unsqueeze(-1) * o.float().unsqueeze(-2) + mixed
+
+
+def _collapse(x: Tensor, pre: Tensor) -> Tensor:
+    return (pre.unsqueeze(-1) * x).sum(-2)
+
+
+_STREAMS = {"join": _join, "collapse": _collapse}
+
+
+def compile_streams() -> None:
+    """Fuse the element-wise work on the four streams, the largest part of an eager step."""
+    torch._dynamo.config.recompile_limit = 64  # one graph for each shape of a batch
+    for name, function in list(_STREAMS.items()):
+        _STREAMS[name] = torch.compile(function, dynamic=False)
 
 
 def initial_base(config: ModelConfig, sublayer: int) -> Tensor:
@@ -51,14 +69,13 @@ def mhc_split(
         post = 2 * (post * scale[1] + post_base).sigmoid()
         comb = (comb * scale[2] + comb_base).unflatten(-1, (n, n))
         comb = sinkhorn(comb, config.hc_sinkhorn_iters, config.hc_eps)
-        return (pre.unsqueeze(-1) * x).sum(-2), post, comb
+        return _STREAMS["collapse"](x, pre), post, comb
 
 
 def mhc_join(o: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """X'_k = post_k o + sum_j comb_jk X_j; o [B, T, D], x [B, T, N, D] -> [B, T, N, D]."""
     with torch.autocast(x.device.type, enabled=False):
-        mixed = sum(comb[..., j, :, None] * x[..., j, None, :] for j in range(x.shape[-2]))
-        return post.unsqueeze(-1) * o.float().unsqueeze(-2) + mixed
+        return _STREAMS["join"](o, x, post, comb)
 
 
 def mhc_collapse(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, config: ModelConfig) -> Tensor:
@@ -66,7 +83,7 @@ def mhc_collapse(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, config: Mod
     with torch.autocast(x.device.type, enabled=False):
         mixes = _mixes(x, fn, config.rms_norm_eps)
         pre = (mixes * scale + base).sigmoid() + config.hc_eps
-        return (pre.unsqueeze(-1) * x).sum(-2)
+        return _STREAMS["collapse"](x, pre)
 
 
 def register_mhc(owner: nn.Module, name: str, config: ModelConfig, sublayer: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.random import Generator
@@ -189,7 +190,7 @@ class _Board:
         marks = np.zeros(len(self.ids), np.int32)
         for values in self.values:
             values.sort()
-            for before, now in zip(values, values[1:], strict=False):
+            for before, now in pairwise(values):
                 marks[now : now + answer_length] = now - before
         return Row(self.ids, marks)
 

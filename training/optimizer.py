@@ -97,8 +97,8 @@ class Optimizer:
             part.load_state_dict(state)
 
 
-def schedule(step: int, total: int, warmup: int = 100, decay: float = 0.3) -> float:
-    """Linear warm-up, constant, linear decay to 2 % over the last `decay` share of the steps."""
-    rising = min(1.0, (step + 1) / max(1, min(warmup, total // 4)))
-    falling = min(1.0, (total - step) / max(1.0, decay * total))
+def schedule(step: int, progress: float, warmup: int = 100, decay: float = 0.3) -> float:
+    """Linear warm-up in steps, constant, linear fall to 2 % over the last `decay` of the stage."""
+    rising = min(1.0, (step + 1) / warmup)
+    falling = min(1.0, (1 - progress) / decay) if decay else 1.0
     return rising * max(0.02, falling)

@@ -2,10 +2,11 @@
 
     python -m training.train --stage smoke --device cpu
     python -m training.train --stage facts --minutes 8 --out training/runs/facts
-    python -m training.train --stage polish --resume training/runs/facts/checkpoint.pt
+    python -m training.train --stage near --start training/runs/facts/model.pt
 
-Writes model.pt (FP32 weights), checkpoint.pt (weights, optimiser, step; resumable) and log.jsonl
-into --out.
+A stage ends with its steps or its minutes, whichever is first; its learning rate and its switches
+follow the larger of the two shares. Writes model.pt (FP32 weights), checkpoint.pt (weights,
+optimiser, step; for --resume) and log.jsonl into --out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,48 +28,68 @@ from dsv4.core.config import ModelConfig
 from dsv4.testing.gates import build_gates, load_countries
 from dsv4.text.tokenizer import Tokenizer
 from training.attention import Switches
-from training.batches import Batches, mix_documents
-from training.checkpoint import rounded_parameters
-from training.evaluate import GateTokens, gate_accuracies
+from training.batches import mix_documents, token_frequency
+from training.checkpoint import load_weights, rounded_parameters
+from training.evaluate import GateTokens, LookupTokens, gate_accuracies
+from training.mhc import compile_streams
 from training.model import Losses, TrainingModel
 from training.optimizer import Optimizer, schedule
 from training.paths import NANO, PACKED
+from training.rows import RowMaker, Steps, evaluation_rows, load_steps
+from training.tally import TALLY
 
 PLAIN_WEIGHT = 0.3  # loss weight of a token that is not part of an answer
+FILLER_WEIGHT = 0.1  # of any token of a needle or tally row, whose answers have a term of their own
 BALANCE_WEIGHT = 1e-4
+TALLY_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of the recipe.
 
-    length, tokens   tokens a row and a step
-    steps            length of the learning-rate schedule
-    shares           stream -> repetitions in the mix
-    sparse_from      share of the steps after which CSA sees the indexer's top-k only
-    indexer_from     share of the steps after which the indexer is trained
-    rounded_from     share of the steps after which weights and keys are rounded as in the file
+    lengths          tokens a row -> share of the steps
+    tokens           tokens a step
+    steps            most steps
+    kinds            kind of row -> share: "text", "tally", and the forms of needles
+    streams          stream -> repetitions in the text
+    sparse_from      share of the stage after which CSA sees the indexer's top-k only
+    indexer_from     share of the stage after which the indexer is trained
+    rounded_from     share of the stage after which weights and keys are rounded as in the file
+    decay            share of the stage, at its end, over which the learning rate falls
     """
 
-    length: int
+    lengths: dict[int, float]
     tokens: int
     steps: int
-    shares: tuple[tuple[str, float], ...] = (("taught", 1.0), ("prose", 1.0), ("copies", 1.0))
+    kinds: dict[str, float] = field(default_factory=lambda: {"text": 1.0})
+    streams: dict[str, float] = field(
+        default_factory=lambda: {"taught": 1.0, "prose": 1.0, "copies": 1.0}
+    )
     muon_lr: float = 0.01
     adamw_lr: float = 2e-3
     bias_speed: float = 0.01
-    sparse_from: float = 0.1
+    sparse_from: float = 0.0
     indexer_from: float = 0.0
     rounded_from: float = 0.85
+    decay: float = 0.3
 
+
+NEAR = {"text": 0.42, "direct": 0.24, "shifted": 0.08, "sentence": 0.1, "digits": 0.04,
+        "tally": 0.12}  # fmt: skip
+FAR = {"text": 0.36, "direct": 0.2, "shifted": 0.07, "sentence": 0.17, "digits": 0.05,
+       "tally": 0.15}  # fmt: skip
 
 STAGES = {
-    "smoke": Stage(length=128, tokens=512, steps=6, sparse_from=0.3, indexer_from=0.2),
-    "facts": Stage(length=512, tokens=1 << 16, steps=1500),
-    "polish": Stage(
-        length=512, tokens=1 << 16, steps=300, muon_lr=0.003, adamw_lr=6e-4, bias_speed=0.001,
-        sparse_from=0.0, indexer_from=0.0, rounded_from=0.0,
-    ),
+    "smoke": Stage({128: 0.5, 256: 0.5}, 512, 6, dict.fromkeys(NEAR, 1 / 6), sparse_from=0.3,
+                   indexer_from=0.2),
+    "facts": Stage({512: 1.0}, 1 << 16, 1500, sparse_from=0.1),
+    "near": Stage({512: 0.7, 1024: 0.3}, 1 << 16, 2000, NEAR, sparse_from=0.5, rounded_from=1.0,
+                  decay=0.0),
+    "middle": Stage({2048: 1.0}, 1 << 16, 1000, FAR, rounded_from=1.0, decay=0.0, muon_lr=0.008,
+                    adamw_lr=1.6e-3, bias_speed=0.003),
+    "far": Stage({4096: 0.9, 8192: 0.1}, 1 << 15, 2000, FAR, rounded_from=0.6, decay=0.5,
+                 muon_lr=0.006, adamw_lr=1.2e-3, bias_speed=0.001),
 }  # fmt: skip
 
 
@@ -79,20 +100,26 @@ class Trainer:
         self.args, self.device = args, torch.device(args.device)
         stage = STAGES[args.stage]
         self.stage = replace(stage, steps=args.steps) if args.steps else stage
+        self.lookups: dict[int, LookupTokens] = {}
         self.is_gpu = self.device.type == "cuda"
         torch.manual_seed(args.seed)
         dtype = torch.bfloat16 if self.is_gpu else torch.float32
         self.model = TrainingModel(ModelConfig.nano(), dtype).to(self.device)
-        stream = mix_documents(Path(args.data), dict(self.stage.shares), args.seed)
-        self.batches = Batches(stream, self.device, args.seed)
-        self.model.fill_hash_tables(self.batches.frequency(self.model.config.vocab_size))
+        stream = mix_documents(args.data, self.stage.streams, args.seed)
+        self.maker = RowMaker(stream, args.data)
+        steps = Steps(
+            self.maker, self.stage.tokens, self.stage.lengths, self.stage.kinds, args.seed
+        )
+        self.steps = load_steps(steps, args.workers)
+        self.model.fill_hash_tables(token_frequency(stream, self.model.config.vocab_size))
         self.optimizer = Optimizer(self.model, self.stage.muon_lr, self.stage.adamw_lr)
         self.step, self.start = 0, time.time()
+        if args.start:
+            self.model.load_state_dict(load_weights(args.start))
         if args.resume:
             self._resume(torch.load(args.resume, map_location=self.device, weights_only=True))
         if args.compile:
-            for layer in self.model.layers:
-                layer.compile(dynamic=False)
+            compile_streams()
         tokenizer = Tokenizer.open(NANO)
         countries = load_countries(NANO / "facts.json")
         gates = build_gates(countries[:: 1 if self.is_gpu else 24])  # a CPU run is a smoke test
@@ -119,49 +146,70 @@ class Trainer:
         """BF16 products on the GPU, FP32 elsewhere."""
         return torch.autocast("cuda", torch.bfloat16) if self.is_gpu else nullcontext()
 
+    def progress(self) -> float:
+        """Share of the stage that is done, 0 to 1."""
+        by_time = (time.time() - self.start) / (60 * self.args.minutes)
+        return min(1.0, max(self.step / self.stage.steps, by_time))
+
     def switches(self) -> Switches:
         """What this step computes."""
-        done, stage = self.step / self.stage.steps, self.stage
+        done, stage = self.progress(), self.stage
         return Switches(
             sparse=done >= stage.sparse_from,
             indexer_loss=done >= stage.indexer_from,
             round_cache=done >= stage.rounded_from,
         )
 
-    def loss(self, switches: Switches) -> tuple[Tensor, Tensor, Tensor, Losses]:
-        """Total loss, cross entropy over all tokens and over answers, and the auxiliary losses."""
-        rows = max(1, self.stage.tokens // self.stage.length)
-        ids, targets, is_answer = self.batches.next(rows, self.stage.length)
+    def loss(self, switches: Switches) -> tuple[Tensor, dict[str, Tensor], Losses]:
+        """Total loss, its parts to log, and the auxiliary losses."""
+        ids, marks = (x.to(self.device, non_blocking=True) for x in next(self.steps))
         with self.autocast():
-            hidden, extra = self.model.hidden(ids, switches)
+            hidden, extra = self.model.hidden(ids[:, :-1], switches)
             logits = self.model.head(hidden)
-        ce = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        weight = torch.where(is_answer.flatten(), 1.0, PLAIN_WEIGHT)
-        total = (ce * weight).sum() / weight.sum() + extra.indexer + BALANCE_WEIGHT * extra.balance
-        answers = ce[is_answer.flatten()].mean()
-        return total, ce.mean().detach(), answers.detach(), extra
+        targets, marks = ids[:, 1:].flatten(), marks[:, 1:]
+        ce = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+        is_text = ((marks == 0) | (marks == 1)).all(1, keepdim=True).expand_as(marks).flatten()
+        marks = marks.flatten()
+        plain = torch.where(is_text, PLAIN_WEIGHT, FILLER_WEIGHT)
+        weight = torch.where(marks == 0, plain, (marks == 1).float())
+        found, counted = _mean_where(ce, marks > 1), _mean_where(ce, marks == TALLY)
+        total = (ce * weight).sum() / weight.sum() + found + TALLY_WEIGHT * counted
+        total = total + extra.indexer + BALANCE_WEIGHT * extra.balance
+        parts = {
+            "loss": _mean_where(ce, is_text), "answers": _mean_where(ce, marks == 1),
+            "needles": found, "tally_loss": counted,
+        }  # fmt: skip
+        return total, {k: v.detach() for k, v in parts.items()}, extra
 
     def train_step(self) -> dict[str, Tensor]:
         """Forward, backward and update; returns what to log, still on the device."""
         switches = self.switches()
         rounding = rounded_parameters(self.model) if switches.round_cache else nullcontext()
         with rounding:
-            total, ce, answers, extra = self.loss(switches)
+            total, parts, extra = self.loss(switches)
             total.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step(schedule(self.step, self.stage.steps))
+        self.optimizer.step(schedule(self.step, self.progress(), decay=self.stage.decay))
         self.model.update_router_bias(extra.loads, self.stage.bias_speed)
         imbalance = torch.stack([load.max() / load.mean() for load in extra.loads]).max()
         self.step += 1
-        return {
-            "loss": ce, "answers": answers, "indexer_kl": extra.indexer.detach(), "norm": norm,
-            "imbalance": imbalance,
-        }  # fmt: skip
+        rest = {"indexer_kl": extra.indexer.detach(), "norm": norm, "imbalance": imbalance}
+        return parts | rest
 
     def evaluate(self) -> dict[str, float]:
-        """Gate accuracies with the numbers of the file: rounded weights, sparse CSA."""
+        """Accuracies with the numbers of the file: rounded weights, sparse CSA.
+
+        The facts gates; and for stages that teach looking back, needles by form and distance.
+        """
+        length = max(self.stage.lengths) if self.is_gpu else min(self.stage.lengths)
+        if length not in self.lookups and len(self.stage.kinds) > 1:
+            rows = evaluation_rows(self.maker, length, 24 if self.is_gpu else 1, seed=99)
+            self.lookups[length] = LookupTokens(rows, self.device)
         with rounded_parameters(self.model), self.autocast():
-            return gate_accuracies(self.model, self.gates, Switches(sparse=True))
+            scores = gate_accuracies(self.model, self.gates, Switches(sparse=True))
+            for lookup in self.lookups.values():
+                scores |= lookup.accuracies(self.model, Switches(sparse=True))
+        return scores
 
     def run(self) -> None:
         """Train until the schedule, the time or, with --stop-at-gates, the gates end it."""
@@ -178,7 +226,7 @@ class Trainer:
             if self.step % self.args.evaluate_every == 0:
                 scores = self.evaluate()
                 self.log(**scores)
-                if self.args.stop_at_gates and all(scores.values()) and self._hold(scores):
+                if self.args.stop_at_gates and self._hold(scores):
                     break
         self.log(final=True, **self.evaluate())
         self.save()
@@ -197,6 +245,10 @@ class Trainer:
         torch.save(state, self.args.out / "checkpoint.pt")
 
 
+def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    return (values * chosen).sum() / chosen.sum().clamp_min(1)
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -204,9 +256,13 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, default=PACKED)
     parser.add_argument("--out", type=Path, default=Path("training/runs/nano"))
-    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--resume", type=Path, help="checkpoint.pt of a stopped run")
+    parser.add_argument("--start", type=Path, help="weights: model.pt or a checkpoint folder")
+    parser.add_argument("--workers", type=int, default=8, help="processes that make rows")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--steps", type=int, default=0, help="instead of the stage's own")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="most steps, instead of the stage's own"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--stop-at-gates", action="store_true")

@@ -13,6 +13,7 @@ import torch
 
 from dsv4.ops import cache as kernel_writes
 from dsv4.reference import cache_writes as oracle_writes
+from dsv4.testing.cases import DEVICE
 from support.cache_history import History
 from support.cache_life import small_manager
 
@@ -22,7 +23,9 @@ CHUNK = 10
 
 
 def live(page_tokens: int, seed: int, writes, operations: int) -> History:
-    history = History(small_manager(page_tokens, num_pages=2048 // page_tokens), seed, writes)
+    device = DEVICE if writes is kernel_writes else "cpu"
+    manager = small_manager(page_tokens, num_pages=2048 // page_tokens, device=device)
+    history = History(manager, seed, writes)
     for _ in range(operations):
         history.one()
         history.manager.check()
@@ -55,7 +58,8 @@ def test_histories_through_the_kernels(page_tokens: int, first: int) -> None:
 def test_absurd_page_numbers_where_none_is_used_change_nothing(writes) -> None:
     ends = []
     for poison in (False, True):
-        history = History(small_manager(128), 3, writes)
+        device = DEVICE if writes is kernel_writes else "cpu"
+        history = History(small_manager(128, device=device), 3, writes)
         history.poison_table = poison
         for _ in range(14):
             history.one()

@@ -64,7 +64,7 @@ class History(Life):
     def __init__(self, manager: CacheManager, seed: int, writes: ModuleType) -> None:
         super().__init__(manager, seed)
         self.writes, self.compared = writes, 0
-        self.poison_table = False
+        self.poison_table, self.device = False, manager.page_table.device
         for view in (*manager.storage.slot_views(), *manager.storage.page_views()):
             view.fill_(0xFF)  # what nobody wrote must not matter
 
@@ -79,7 +79,7 @@ class History(Life):
 
     def _joined(self, name: str, layer: int, width: int, batch, num_rows: int) -> Tensor:
         parts = [rows_of(name, layer, width, self.tokens[r.number], r.length) for r, _ in batch]
-        return _padded(parts, width, num_rows)
+        return _padded(parts, width, num_rows).to(self.device)
 
     def _write(self, layer: LayerSchema, batch, rows: StepRows) -> None:
         c, T, w = self.manager.schema.config, len(rows.slot), self.writes
@@ -103,10 +103,12 @@ class History(Life):
         c, T, w = self.manager.schema.config, len(rows.slot), self.writes
         width = state.shape[3]
         kappa = self._joined(f"{which}kappa", layer.layer, width, batch, T)
-        gamma = _padded([scores_of(width, r.length, r.length + n) for r, n in batch], width, T)
+        scores = [scores_of(width, r.length, r.length + n) for r, n in batch]
+        gamma = _padded(scores, width, T).to(self.device)
         cos, sin = tables(c, layer.kind, c.max_position_embeddings // layer.kind.ratio)
         args = (
-            kappa, gamma, state, torch.ones(dim), cos, sin, pages, self.page_table(),
+            kappa, gamma, state, torch.ones(dim, device=self.device), cos.to(self.device),
+            sin.to(self.device), pages, self.page_table(),
             rows.slot, rows.position, rows.first_row, rows.first_position, layer.kind.ratio,
             layer.entries_per_page, EPS, DTYPE,
         )  # fmt: skip
@@ -132,7 +134,7 @@ class History(Life):
         position = torch.arange(max(n - W, 0), n)
         slot = torch.full_like(position, r.slot)
         got = cache_writes.gather_records(
-            views.window, slot, position % W, W, record.data_bytes, record.scale_bytes
+            views.window.cpu(), slot, position % W, W, record.data_bytes, record.scale_bytes
         )
         kv = rows_of("kv", layer.layer, c.head_dim, tokens, 0).to(DTYPE)
         assert torch.equal(got, kv_record_pack(kv, c.qk_rope_head_dim)[position]), "window"
@@ -164,11 +166,12 @@ class History(Life):
         entry = torch.arange(len(x))
         page = torch.tensor(r.pages)[entry // layer.entries_per_page]
         row = entry % layer.entries_per_page
-        got = cache_writes.gather_records(pages, page, row, layer.entries_per_page, *sizes)
+        got = cache_writes.gather_records(pages.cpu(), page, row, layer.entries_per_page, *sizes)
         assert torch.equal(got, want), f"{which or 'main'} entries of layer {layer.layer}"
         at = torch.arange(open_rows.start, open_rows.length) % state.shape[2]
-        assert torch.equal(state[r.slot, 0, at], open_rows.kappa), "state, values"
-        assert torch.equal(state[r.slot, 1, at], open_rows.gamma), "state, scores"
+        kept = state[r.slot].cpu()
+        assert torch.equal(kept[0, at], open_rows.kappa), "state, values"
+        assert torch.equal(kept[1, at], open_rows.gamma), "state, scores"
 
 
 def _padded(parts: list[Tensor], width: int, num_rows: int) -> Tensor:

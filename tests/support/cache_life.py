@@ -28,13 +28,14 @@ def small_config() -> ModelConfig:
 
 
 def small_manager(
-    page_tokens: int = 128, num_pages: int = 12, num_slots: int = 4, canary: bool = False
-) -> CacheManager:
+    page_tokens: int = 128, num_pages: int = 12, num_slots: int = 4, canary: bool = False,
+    device: str = "cpu",
+) -> CacheManager:  # fmt: skip
     schema = CacheSchema.of(
         small_config(), num_pages=num_pages, num_slots=num_slots, page_tokens=page_tokens,
         canary=canary,
     )  # fmt: skip
-    return CacheManager(CacheStorage(schema), prefix_bytes=300_000, canary=canary)
+    return CacheManager(CacheStorage(schema, device), prefix_bytes=300_000, canary=canary)
 
 
 class Life:
