@@ -20,6 +20,7 @@ from dsv4.loader.checkpoint import Checkpoint
 from dsv4.reference.quant import dequantize, fp8_block_quantize, mxfp4_quantize
 from training.model import TrainingModel
 
+PIECE_BYTES = 15_000_000
 QUANTISERS = {FP8_BLOCK128.name: fp8_block_quantize, MXFP4.name: mxfp4_quantize}
 
 
@@ -75,8 +76,34 @@ def official_weights(model: TrainingModel) -> dict[str, Tensor | BlockScaledTens
     return {name: as_stored(values[name].detach().cpu(), spec) for name, spec in specs.items()}
 
 
+def save_pieces(weights: dict[str, Tensor], folder: Path) -> None:
+    """Save a state dict as files of at most PIECE_BYTES; matrices become BF16."""
+    pieces: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in weights.items():
+        value = value.bfloat16() if value.is_floating_point() and value.dim() > 1 else value
+        if size + value.nbytes > PIECE_BYTES:
+            pieces.append({})
+            size = 0
+        pieces[-1][name] = value.clone()
+        size += value.nbytes
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, piece in enumerate(pieces):
+        torch.save(piece, folder / f"piece{i}.pt")
+
+
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """State dict of the training model, from a model.pt or an official checkpoint folder."""
+    """State dict of the training model.
+
+    path  a model.pt, a folder of pieces, or an official checkpoint folder
+    """
+    pieces = sorted(path.glob("piece*.pt"))
+    if pieces:
+        return {
+            k: v.float() if v.is_floating_point() else v
+            for piece in pieces
+            for k, v in torch.load(piece, map_location="cpu", weights_only=True).items()
+        }
     if path.is_file():
         return torch.load(path, map_location="cpu", weights_only=True)
     weights = Checkpoint.open(path).load()

@@ -29,7 +29,7 @@ from dsv4.testing.gates import build_gates, load_countries
 from dsv4.text.tokenizer import Tokenizer
 from training.attention import Switches
 from training.batches import mix_documents, token_frequency
-from training.checkpoint import load_weights, rounded_parameters
+from training.checkpoint import load_weights, rounded_parameters, save_pieces
 from training.evaluate import GateTokens, LookupTokens, gate_accuracies
 from training.mhc import compile_streams
 from training.model import Losses, TrainingModel
@@ -238,6 +238,8 @@ class Trainer:
         """Write model.pt and checkpoint.pt."""
         weights = {k: v.detach().cpu() for k, v in self.model.state_dict().items()}
         torch.save(weights, self.args.out / "model.pt")
+        if self.args.pieces:
+            save_pieces(weights, self.args.pieces)
         state = {
             "model": weights, "optimizer": self.optimizer.state_dict(), "step": self.step,
             "stage": self.args.stage,
@@ -256,6 +258,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, default=PACKED)
     parser.add_argument("--out", type=Path, default=Path("training/runs/nano"))
+    parser.add_argument("--pieces", type=Path, help="folder for BF16 weights in small files")
     parser.add_argument("--resume", type=Path, help="checkpoint.pt of a stopped run")
     parser.add_argument("--start", type=Path, help="weights: model.pt or a checkpoint folder")
     parser.add_argument("--workers", type=int, default=8, help="processes that make rows")

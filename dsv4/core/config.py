@@ -176,7 +176,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "rope_theta": (1, 1e12),
     "compress_rope_theta": (1, 1e12),
     "max_position_embeddings": (1, 1 << 30),
-    "num_nextn_predict_layers": (0, 8),
+    "num_nextn_predict_layers": (0, 1),
     "dspark_block_size": (0, 64),
     "bos_token_id": (0, MAX_VOCAB),
     "eos_token_id": (0, MAX_VOCAB),

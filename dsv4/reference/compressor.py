@@ -43,7 +43,7 @@ def compressor_rows(
 ) -> tuple[Tensor, Tensor]:
     """Value and score rows of each token.
 
-        kappa_p = W^KV h_p,   gamma_p = W^Z h_p + B[p mod r]           (paper eqs. 9-10, 20-21)
+        kappa_p = W^KV h_p,   gamma_p = W^Z h_p + B[p mod r]           (paper eqs. 9-12, 20-21)
 
     x [T, D], positions [T], wkv and wgate [c d, D], ape (B) [r, c d] -> kappa, gamma [T, c d] FP32
     """
@@ -54,7 +54,7 @@ def compressor_rows(
 def pool_windows(kappa: Tensor, gamma: Tensor) -> Tensor:
     """HCA: one entry for each window, a softmax over its tokens in every channel.
 
-        v_w[i] = sum_p softmax_p(gamma_p[i]) kappa_p[i],   p in window w      (paper eqs. 22-23)
+        v_w[i] = sum_p softmax_p(gamma_p[i]) kappa_p[i],   p in window w      (paper eqs. 20-23)
 
     kappa, gamma [n, r, d] -> [n, d] FP32
     """
@@ -66,7 +66,7 @@ def pool_overlapping_windows(kappa: Tensor, gamma: Tensor) -> Tensor:
 
         v_w[i] = softmax-weighted sum over
             kappa_p[i],     gamma_p[i]      p in window w - 1   (first half of the channels)
-            kappa_p[d + i], gamma_p[d + i]  p in window w       (second half)  (paper eqs. 11-12)
+            kappa_p[d + i], gamma_p[d + i]  p in window w       (second half)  (paper eqs. 9-12)
 
     kappa, gamma [n, r, 2d]  windows in order; window 0 has no predecessor here
     ->           [n, d] FP32. Entry 0 pools its own window only: the missing slots have value 0 and

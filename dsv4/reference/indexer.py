@@ -16,7 +16,7 @@ def indexer_query(
 ) -> Tensor:
     """Query heads of the indexer, from the latent that the attention heads share.
 
-        q^I_h = W^IUQ_h c^Q                                             (paper eqs. 13-14)
+        q^I_h = W^IUQ_h c^Q                                             (paper eqs. 13-17)
 
     latent [T, L], wq_b [I J, L] -> [T, I, J], before RoPE. There is no head norm.
     """
@@ -26,7 +26,7 @@ def indexer_query(
 def indexer_head_weights(x: Tensor, weights_proj: Tensor, head_dim: int) -> Tensor:
     """Weight of each indexer head, from the hidden state (not from the latent).
 
-        u = W^w h / sqrt(J I)                                               (paper eq. 15)
+        u = W^w h / sqrt(J I)                                               (paper eqs. 13-17)
 
     x [T, D], weights_proj [I, D] -> [T, I] FP32
     """
@@ -36,7 +36,7 @@ def indexer_head_weights(x: Tensor, weights_proj: Tensor, head_dim: int) -> Tens
 def indexer_scores(q: Tensor, keys: Tensor, head_weights: Tensor, visible: Tensor) -> Tensor:
     """Score of each entry for each query.
 
-        I(t, w) = sum_h u_h ReLU(q^I_h . k_w)                               (paper eq. 16)
+        I(t, w) = sum_h u_h ReLU(q^I_h . k_w)                               (paper eqs. 13-17)
 
     q            [T, I, J] after RoPE
     keys         [S, J]
@@ -56,12 +56,16 @@ def indexer_scores(q: Tensor, keys: Tensor, head_weights: Tensor, visible: Tenso
 def indexer_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     """The k best visible entries of each query; ties go to the lower index.
 
-        S_t = top-k_w I(t, w)                                               (paper eq. 17)
+        S_t = top-k_w I(t, w)                                               (paper eqs. 13-17)
 
     scores  [T, S], visible [T]
     ->      [T, min(k, S)] int64, ascending, -1 after the last. Real ties occur: a query whose ReLU
             terms are all zero scores every entry 0.
+
+    Raises ValueError where a score is NaN: every query gets min(k, visible) entries or none runs.
     """
+    if bool(scores.isnan().any()):
+        raise ValueError("scores: expected numbers, got NaN; the indexer would select nothing")
     num_entries = scores.shape[1]
     k = min(k, num_entries)
     if k == 0:

@@ -17,8 +17,8 @@ def linear(x: Tensor, weight: Tensor, simulate_activation: bool = False) -> Tens
 
     x      [T, K]
     weight [O, K], dequantised
-    ->     [T, O] in x's dtype. Source: spec of the official FP8 linear: activations e4m3 with UE8M0
-           scales, products accumulated in FP32.
+    ->     [T, O] in x's dtype. Source: act_quant of the official inference code:
+           e4m3 with UE8M0 scales, products accumulated in FP32.
     """
     return F.linear(simulate_fp8(x, ACTIVATION_GROUP) if simulate_activation else x, weight)
 

@@ -34,6 +34,7 @@ class ReferenceModel:
               router, compressor and LM head run in FP32 (FP64 with float64)
     simulate  roundings of the quantised runtime to imitate; none by default
     keep_packed  keep routed experts quantised in memory and dequantise them at every use
+    device    where it computes; ids are given there too
 
     Raises ValueError for another dtype.
     """
@@ -45,12 +46,13 @@ class ReferenceModel:
         dtype: torch.dtype = torch.float32,
         simulate: QuantSimulation | None = None,
         keep_packed: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
         simulate = simulate or QuantSimulation()
-        self.config, self.dtype = config, dtype
-        self.weights = w = Weights(weights, dtype, keep_packed)
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.weights = w = Weights(weights, dtype, keep_packed, device)
         self.layers = [
             Layer(config, config.layer_kind(j), config.is_hash_layer(j), w.at(name), simulate, name)
             for j in range(config.num_hidden_layers)
@@ -65,10 +67,9 @@ class ReferenceModel:
 
     def new_cache(self) -> ModelCache:
         """An empty cache for one sequence."""
-        device = self.weights["embed.weight"].device
 
         def empty(layer: Layer) -> LayerCache:
-            return LayerCache.empty(self.config, layer.kind, self.dtype, device)
+            return LayerCache.empty(self.config, layer.kind, self.dtype, self.device)
 
         return ModelCache([empty(x) for x in self.layers], [empty(x) for x in self.mtp])
 

@@ -25,7 +25,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 def e8m0_scale(amax: Tensor, max_value: float, floor: float) -> Tensor:
     """Smallest power of two that brings a block into range.
 
-        s = 2^ceil(log2(max(amax, floor) / max_value))                            (spec: UE8M0 rule)
+        s = 2^ceil(log2(max(amax, floor) / max_value))
 
     amax [...] any float   largest magnitude of each block
     ->   [...] float8_e8m0fnu; NaN where amax is NaN or infinite

@@ -22,7 +22,7 @@ def rope_frequencies(rope_dim: int, theta: float, yarn: YarnScaling | None) -> T
 
     -> [R/2] FP32: the rounding of the frequencies is part of the trained model, so FP64 runs use
     the same values. YaRN acts at every position, long context or not, and has no magnitude scale.
-    Source: YaRN (arXiv:2309.00071) eqs. 17-23, official inference code.
+    Source: YaRN (arXiv:2309.00071), official inference code.
     """
     i = torch.arange(0, rope_dim, 2, dtype=torch.float32)
     freqs = 1.0 / theta ** (i / rope_dim)

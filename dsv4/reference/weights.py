@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +25,22 @@ def is_gemm_weight(name: str) -> bool:
     return name.split(".")[-2] in _GEMM_LEAVES
 
 
+def resident_bytes(
+    stored: Mapping[str, Tensor | BlockScaledTensor], dtype: torch.dtype, keep_packed: bool = False
+) -> int:
+    """Memory that a model needs for `stored` once every parameter has been used."""
+    total = 0
+    for name, value in stored.items():
+        if isinstance(value, BlockScaledTensor):
+            rows, columns = value.shape
+            is_packed = keep_packed and ".experts." in name
+            total += value.nbytes if is_packed else rows * columns * dtype.itemsize
+        else:
+            size = _target(name, value, dtype).itemsize
+            total += value.numel() * size
+    return total
+
+
 class Weights:
     """A view of the parameters below one prefix, each converted once when it is first needed.
 
@@ -30,6 +48,7 @@ class Weights:
     dtype    activation dtype of the GEMMs: float64, float32 or bfloat16
     keep_packed  leave routed experts quantised and dequantise them at every use: slower, but the
                  model takes little more memory than the checkpoint
+    device   where the model computes
     """
 
     def __init__(
@@ -37,22 +56,22 @@ class Weights:
         stored: Mapping[str, Tensor | BlockScaledTensor],
         dtype: torch.dtype,
         keep_packed: bool = False,
-        prefix: str = "",
-        _ready: dict[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self._stored, self._dtype, self._keep_packed, self._prefix = (
-            stored, dtype, keep_packed, prefix,
-        )  # fmt: skip
-        self._ready = {} if _ready is None else _ready
+        # Shared by all views; what has been converted is let go: no parameter is held twice.
+        self._stored, self._ready = dict(stored), dict[str, Tensor]()
+        self._dtype, self._keep_packed, self._prefix = dtype, keep_packed, ""
+        self._device = torch.device(device)
 
     def at(self, prefix: str) -> Weights:
         """The parameters below `prefix` of this view."""
-        return Weights(
-            self._stored, self._dtype, self._keep_packed, f"{self._prefix}{prefix}.", self._ready
-        )
+        view = copy(self)
+        view._prefix = f"{self._prefix}{prefix}."
+        return view
 
     def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._stored
+        name = self._prefix + name
+        return name in self._ready or name in self._stored
 
     def __getitem__(self, name: str) -> Tensor:
         name = self._prefix + name
@@ -61,12 +80,22 @@ class Weights:
             ready = self._convert(name)
             if not (self._keep_packed and ".experts." in name):
                 self._ready[name] = ready
+                del self._stored[name]
         return ready
 
     def _convert(self, name: str) -> Tensor:
         stored = self._stored[name]
         if isinstance(stored, BlockScaledTensor):
-            return dequantize(stored, self._dtype)
-        if not stored.is_floating_point():
-            return stored
-        return stored.to(self._dtype if is_gemm_weight(name) else wide_dtype(self._dtype))
+            return dequantize(_on(stored, self._device), self._dtype)
+        return stored.to(device=self._device, dtype=_target(name, stored, self._dtype))
+
+
+def _target(name: str, stored: Tensor, dtype: torch.dtype) -> torch.dtype:
+    if not stored.is_floating_point():
+        return stored.dtype
+    return dtype if is_gemm_weight(name) else wide_dtype(dtype)
+
+
+def _on(t: BlockScaledTensor, device: torch.device) -> BlockScaledTensor:
+    share = None if t.global_scale is None else t.global_scale.to(device)
+    return replace(t, data=t.data.to(device), scale=t.scale.to(device), global_scale=share)

@@ -51,7 +51,6 @@ def test_gathered_pages_equal_the_contiguous_cache(page_tokens: int, first: int)
 def test_histories_through_the_kernels(page_tokens: int, first: int) -> None:
     done = [live(page_tokens, seed, kernel_writes, 12) for seed in range(first, first + CHUNK)]
     assert sum(h.compared for h in done) >= 3
-    assert sum(h.done["step"] for h in done) >= CHUNK
 
 
 @pytest.mark.parametrize("writes", [oracle_writes, kernel_writes], ids=["oracle", "kernels"])

@@ -207,7 +207,7 @@ def test_nan_is_a_divergence_and_is_counted(compare):
 
 @pytest.mark.parametrize(
     ("x", "y", "ok"),
-    [(-inf, -inf, True), (inf, inf, True), (nan, nan, True), (inf, -inf, False), (inf, 1, False),
+    [(-inf, -inf, True), (inf, inf, True), (nan, nan, False), (inf, -inf, False), (inf, 1, False),
      (nan, inf, False), (0, nan, False)],
 )  # fmt: skip
 def test_non_finite_pairs(x, y, ok):
@@ -240,10 +240,27 @@ def test_other_integers_are_bitwise():
 
 
 def test_bitwise_rule_on_floats():
-    a = torch.tensor([1.0, nan])
+    a = torch.tensor([1.0, inf])
     rule = Limit("x", "bitwise")
     assert compare_tensors("x", a, a.clone(), rule, "bfloat16").ok
     assert not compare_tensors("x", a, a + 1e-7, rule, "bfloat16").ok
+    assert not compare_tensors("x", a * nan, a * nan, rule, "bfloat16").ok
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_one_wrong_token_among_many_is_a_divergence(scale):
+    """The last token zeroed or halved moves the whole tensor by less than its limit."""
+    a = torch.randn(900, 4, 16, generator=torch.Generator().manual_seed(0))
+    b = a.clone()
+    b[-1] *= scale
+    rule = LIMITS.rule("layers.0.streams")
+    result = compare_tensors("layers.0.streams", a, b, rule, "bfloat16")
+    assert result.rel_rms < result.limit
+    assert not result.ok
+    assert result.where["token"] == 899
+    assert "token 899 alone is off by" in result.note
+    near = a * (1 + 0.02 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1)))
+    assert compare_tensors("layers.0.streams", a, near, rule, "bfloat16").ok
 
 
 def test_shapes_and_kinds_that_do_not_fit_are_named(compare):

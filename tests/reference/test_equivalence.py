@@ -12,6 +12,7 @@ from dsv4.core.config import LayerKind, ModelConfig
 from dsv4.core.taps import capture
 from dsv4.reference.compressor import CompressorState, compress
 from dsv4.reference.model import ReferenceModel
+from dsv4.reference.weights import resident_bytes
 from dsv4.testing.numeric import relative_error
 from dsv4.testing.tiny import random_weights, tiny_config
 
@@ -184,3 +185,18 @@ def test_keep_packed_changes_memory_only(keep_packed: bool) -> None:
     assert torch.equal(other.forward(ids, other.new_cache()), want)
     held = [n for n in other.weights._ready if ".experts." in n]
     assert bool(held) is not keep_packed
+    assert not set(other.weights._ready) & set(other.weights._stored)  # nothing is held twice
+
+
+@pytest.mark.parametrize("keep_packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resident_bytes_is_what_a_used_model_holds(keep_packed: bool, dtype: torch.dtype) -> None:
+    config = tiny_config(num_nextn_predict_layers=0)
+    weights = random_weights(config, 1)
+    model = ReferenceModel(config, weights, dtype, keep_packed=keep_packed)
+    model.forward(ids_of(config, 40), model.new_cache())
+    for name in list(model.weights._stored):
+        if not (keep_packed and ".experts." in name):
+            _ = model.weights[name]  # experts that no token went to
+    held = (*model.weights._ready.values(), *model.weights._stored.values())
+    assert sum(x.nbytes for x in held) == resident_bytes(weights, dtype, keep_packed)

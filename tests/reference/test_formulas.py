@@ -210,3 +210,9 @@ def test_indexer_topk_equals_a_stable_sort() -> None:
 
 def test_relative_error_can_fail() -> None:
     assert relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
+
+
+def test_indexer_refuses_nan_instead_of_selecting_nothing() -> None:
+    scores = torch.tensor([[1.0, float("nan"), 2.0]])
+    with pytest.raises(ValueError, match="scores: expected numbers, got NaN"):
+        indexer_topk(scores, torch.tensor([3]), 2)

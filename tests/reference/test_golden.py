@@ -88,3 +88,16 @@ def test_hadamard_alone_changes_nothing() -> None:
     exact = golden.run(golden.model()).logits
     rotated = golden.run(golden.model(QuantSimulation(hadamard=True))).logits
     assert relative_error(rotated, exact) < LIMIT
+
+
+@pytest.mark.gpu
+def test_golden_on_a_gpu() -> None:
+    """Prefill and decode of the reference on a CUDA device, FP32 without TF32."""
+    model = golden.model(device="cuda")
+    ids = golden.golden("exact")["ids"].cuda()
+    got = model.forward(ids, model.new_cache()).cpu()
+    assert relative_error(got, golden.golden("exact")["logits"]) < LIMIT
+    cache = model.new_cache()
+    model.forward(ids[:130], cache)
+    step = model.forward(ids[130:131], cache).cpu()
+    assert relative_error(step, golden.golden("exact")["decode_logits"][:1]) < LIMIT

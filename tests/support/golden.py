@@ -45,9 +45,11 @@ def stored_weights() -> dict:
 
 
 def model(
-    simulate: QuantSimulation | None = None, dtype: torch.dtype = torch.float32
+    simulate: QuantSimulation | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> ReferenceModel:
-    return ReferenceModel(checkpoint().config, stored_weights(), dtype, simulate)
+    return ReferenceModel(checkpoint().config, stored_weights(), dtype, simulate, device=device)
 
 
 def run(m: ReferenceModel) -> Run:
