@@ -60,7 +60,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install -q -e .
+	$(BIN)/pip install -q -e ".[chat]"
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
 from dsv4.cli.model import (
@@ -37,8 +36,9 @@ def run(args: Namespace, terminal: Terminal) -> int:
     """Exit code 0."""
     if args.chunk is not None and args.chunk < 1:
         raise RequestError("chunk", "1 or more", args.chunk)
-    if not Path(args.out).parent.is_dir():
-        raise RequestError("out", "a file in a folder that exists", args.out)
+    from dsv4.diff.dump import check_output
+
+    check_output(args.out)
     ids = read_ids(args.ids) if args.ids is not None else None
     if ids is not None and (args.prompt is not None or args.file):
         raise RequestError("ids", "no prompt beside it", args.ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from dsv4.core.errors import RequestError
 
 SCHEMA = 1
+MAX_METADATA = 1 << 24  # bytes of a file that may hold the metadata of a dump
 DTYPES = ("float64", "float32", "bfloat16")  # finest first
 
 
@@ -45,16 +47,47 @@ def ids_hash(ids: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
 
 
+def check_output(path: str | Path) -> None:
+    """Raise RequestError unless `path` is a new name or a dump that may be replaced.
+
+    A device would be replaced by a file, a checkpoint's shard would be lost.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise RequestError("out", "a file in a folder that exists", str(path))
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_symlink() or not path.is_file():
+        raise RequestError("out", "a new name or a regular file", str(path), "give another name")
+    if not _is_dump(path):
+        raise RequestError(
+            "out", "a new name or an older dump", f"{path}, which is neither", "give another name"
+        )
+
+
+def _is_dump(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(MAX_METADATA)
+    return b'"dsv4-taps"' in head
+
+
 def write_dump(path: str | Path, tensors: Mapping[str, Tensor], info: DumpInfo) -> None:
-    """Write `tensors`, in the order of the mapping, with `info` to a safetensors file."""
+    """Write `tensors`, in the order of the mapping, with `info` to a safetensors file.
+
+    Raises RequestError where `check_output` does.
+    """
     from safetensors.torch import save_file
 
+    check_output(path)
     metadata = {
         "format": "dsv4-taps", "schema": str(SCHEMA), "tier": str(info.tier), "dtype": info.dtype,
         "model": info.model, "config": info.config, "ids": ",".join(map(str, info.ids)),
         "ids_hash": ids_hash(info.ids), "quant": info.quant, "order": json.dumps([*tensors]),
     }  # fmt: skip
     save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path, metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    Path(path).chmod(0o666 & ~mask)  # safetensors makes its files private
 
 
 class TapDump:

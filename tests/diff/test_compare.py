@@ -1,4 +1,5 @@
 import json
+import os
 from math import inf, nan
 
 import pytest
@@ -261,6 +262,27 @@ def test_one_wrong_token_among_many_is_a_divergence(scale):
     assert "token 899 alone is off by" in result.note
     near = a * (1 + 0.02 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1)))
     assert compare_tensors("layers.0.streams", a, near, rule, "bfloat16").ok
+
+
+def test_a_dump_replaces_dumps_only(tmp_path):
+    info = DumpInfo(1, "float32", "m", "c", (1,))
+    out = tmp_path / "a.safetensors"
+    for _ in range(2):  # a new name, then an older dump
+        write_dump(out, {"x": torch.ones(1)}, info)
+    assert out.stat().st_mode & 0o044 == 0o044 & ~_umask()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "shard").write_bytes(b"somebody's weights")
+    for name in ("fifo", "link", "shard", "no/where"):
+        with pytest.raises(RequestError, match="out: expected"):
+            write_dump(tmp_path / name, {"x": torch.ones(1)}, info)
+    assert (tmp_path / "shard").read_bytes() == b"somebody's weights"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_shapes_and_kinds_that_do_not_fit_are_named(compare):

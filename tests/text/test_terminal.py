@@ -1,6 +1,9 @@
+import json
 import sys
 
-from dsv4.text.terminal import strip_control
+import pytest
+
+from dsv4.text.terminal import strip_control, to_json
 
 
 def test_escape_sequences_lose_their_escape():
@@ -11,4 +14,17 @@ def test_escape_sequences_lose_their_escape():
 
 def test_exactly_the_control_characters_go():
     dropped = {c for c in map(chr, range(sys.maxunicode + 1)) if not strip_control(c)}
-    assert dropped == {chr(c) for c in (*range(9), *range(11, 32), *range(127, 160))}
+    assert dropped == {chr(c) for c in (
+        *range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A),
+    )}  # fmt: skip
+
+
+def test_json_holds_no_control_character_and_stays_readable():
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    text = to_json({"Grüße, 日本語": every})
+    assert json.loads(text) == {"Grüße, 日本語": every}
+    assert strip_control(text) == text
+    assert "Grüße, 日本語" in text
+    text.encode()  # lone surrogates are escaped too
+    with pytest.raises(ValueError, match="JSON compliant"):
+        to_json(float("nan"))

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Rust
 
 from dsv4.core.errors import CheckpointError, RequestError
 from dsv4.text.special import BOS, EOS
-from dsv4.text.tokenizer import Tokenizer
+from dsv4.text.tokenizer import MAX_FILE_BYTES, Tokenizer
 
 OFFICIAL_IDS = {
     BOS: 0, EOS: 1, "<｜▁pad▁｜>": 2, "<｜fim▁hole｜>": 128800, "<｜fim▁begin｜>": 128801,
@@ -124,9 +124,41 @@ def test_unknown_control_token_is_named(small):
 def test_missing_file(tmp_path):
     with pytest.raises(CheckpointError) as e:
         Tokenizer.open(tmp_path)
-    assert e.value.kind == "missing"
+    assert e.value.kind == "missing_file"
     assert e.value.file == "tokenizer.json"
     assert e.value.fix
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_plain_file_of_the_folder_is_not_read(small_folder, tmp_path):
+    """A pipe would hang, /dev/zero would never end, a link could show another user's file."""
+    path = tmp_path / "tokenizer.json"
+    for target in (small_folder / "tokenizer.json", "/dev/zero"):
+        path.symlink_to(target)
+        with pytest.raises(CheckpointError) as e:
+            Tokenizer.open(tmp_path)
+        assert (e.value.kind, e.value.file) == ("path", "tokenizer.json")
+        path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError) as e:
+        Tokenizer.open(tmp_path)
+    assert e.value.kind == "file_type"
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(CheckpointError) as e:
+        Tokenizer.open(tmp_path)
+    assert e.value.kind == "too_large"
+
+
+def test_a_key_given_twice_is_refused(small_folder, tmp_path):
+    text = (small_folder / "tokenizer.json").read_text("utf-8")
+    (tmp_path / "tokenizer.json").write_text('{"model": {}, ' + text.lstrip()[1:], "utf-8")
+    with pytest.raises(CheckpointError) as e:
+        Tokenizer.open(tmp_path)
+    assert e.value.kind == "duplicate"
 
 
 BREAK = {
@@ -174,5 +206,5 @@ def test_broken_json_is_a_checkpoint_error(tmp_path, text):
 
 def test_binary_file_is_a_checkpoint_error(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(bytes(range(256)))
-    with pytest.raises(CheckpointError, match="UTF-8"):
+    with pytest.raises(CheckpointError, match="utf-8"):
         Tokenizer.open(tmp_path)
