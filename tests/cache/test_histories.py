@@ -54,6 +54,19 @@ def test_histories_through_the_kernels(page_tokens: int, first: int) -> None:
 
 
 @pytest.mark.parametrize("writes", [oracle_writes, kernel_writes], ids=["oracle", "kernels"])
+def test_histories_with_mxfp4_index_keys(writes) -> None:
+    device = DEVICE if writes is kernel_writes else "cpu"
+    compared = 0
+    for seed in range(4):
+        history = History(small_manager(128, device=device, index_keys="mxfp4"), seed, writes)
+        for _ in range(14):
+            history.one()
+        history.compare_all()
+        compared += history.compared
+    assert compared >= 3
+
+
+@pytest.mark.parametrize("writes", [oracle_writes, kernel_writes], ids=["oracle", "kernels"])
 def test_absurd_page_numbers_where_none_is_used_change_nothing(writes) -> None:
     ends = []
     for poison in (False, True):

@@ -15,7 +15,8 @@ from transformers import DeepseekV4Config
 
 from dsv4.core.config import LayerKind, ModelConfig, YarnScaling
 from dsv4.core.config_dialects import parse_config, to_official
-from dsv4.core.errors import ConfigError, Dsv4Error
+from dsv4.core.errors import ConfigError, Dsv4Error, RequestError
+from dsv4.core.sampling import SamplingParams
 from dsv4.testing.tiny import tiny_config
 
 FLASH, PRO = ModelConfig.flash(), ModelConfig.pro()
@@ -115,6 +116,25 @@ def test_entries_of_draft_blocks_are_ignored(extra: int) -> None:
             {"quantization_config": QUANT | {"moe_quant_algo": "NVFP4", "group_size": 16}},
             ("nvfp4", "fp8"),
         ),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            ("nvfp4", "fp8"),
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "modelopt",
+                    "moe_quant_algo": "NVFP4",
+                    "quant_algo": "MIXED_PRECISION",
+                }
+            },
+            ("nvfp4", "fp8"),
+        ),
+        ({"expert_dtype": None}, ("mxfp4", "fp8")),
+        (
+            {"expert_dtype": None, "quantization_config": QUANT | {"expert_dtype": "fp8"}},
+            ("fp8", "fp8"),
+        ),
         ({"quantization_config": None}, ("bfloat16", "bfloat16")),
         ({"quantization_config": None, "torch_dtype": "float32"}, ("float32", "float32")),
         (
@@ -210,6 +230,26 @@ REFUSED = [
     ({"compress_ratios": [False] * 43}, "compress_ratios"),
     ({"compress_ratios": ["4"] * 43}, "compress_ratios"),
     ({"compress_ratios": [[4]] * 43}, "compress_ratios"),
+    ({"compress_ratios": [0.0] * 43}, "compress_ratios"),
+    ({"compress_ratios": [4] * 43 + [0.0]}, "compress_ratios"),
+    ({"compress_ratios": [4] * 43 + [False]}, "compress_ratios"),
+    ({"rope_theta": 10**400}, "rope_theta"),
+    ({"hc_eps": 10**400}, "hc_eps"),
+    ({"hc_eps": -(10**400)}, "hc_eps"),
+    ({"vocab_size": 10**5000}, "vocab_size"),
+    ({"rope_scaling": YARN | {"factor": 10**400}}, "rope_scaling.factor"),
+    ({"rope_scaling": YARN | {"original_max_position_embeddings": 65536.5}},
+     "rope_scaling.original_max_position_embeddings"),
+    ({"rope_parameters": [1]}, "rope_parameters"),
+    ({"partial_rotary_factor": float("nan")}, "partial_rotary_factor"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_scaling": YARN | {"rope_type": "default"}}, "rope_scaling.type"),
+    ({"expert_dtype": "fp8", "quantization_config": QUANT | {"expert_dtype": "fp4"}},
+     "expert_dtype"),
+    ({"quantization_config": QUANT | {"quant_method": "modelopt"}},
+     "quantization_config.quant_method"),
+    ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
+     "quantization_config.quant_method"),
     ({"rope_scaling": [1]}, "rope_scaling"),
     ({"rope_scaling": YARN | {"type": "linear"}}, "rope_scaling.type"),
     ({"rope_scaling": YARN | {"factor": 0}}, "rope_scaling.factor"),
@@ -256,6 +296,51 @@ def test_every_numeric_field_is_checked(name: str) -> None:
         assert caught.value.field == name
 
 
+def test_yarn_is_off_only_where_the_file_says_so() -> None:
+    assert parse_config(FLASH_JSON | {"rope_scaling": None}).config == replace(FLASH, yarn=None)
+    with pytest.raises(ConfigError) as caught:
+        parse_config({k: v for k, v in FLASH_JSON.items() if k != "rope_scaling"})
+    assert caught.value.field == "rope_scaling"
+
+
+BOTH = FLASH_JSON | {
+    k: v for k, v in transformers_json(FLASH_JSON).items()
+    if k in ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters",
+             "partial_rotary_factor")
+}  # fmt: skip
+ROPE = BOTH["rope_parameters"]
+
+
+def test_both_dialects_in_one_file_may_agree() -> None:
+    parsed = parse_config(BOTH)
+    assert (parsed.config, parsed.dialect) == (FLASH, "official")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"layer_types": BOTH["layer_types"][::-1]}, "layer_types"),
+        ({"layer_types": ["nothing"] * 43}, "layer_types"),
+        ({"compress_rates": {"compressed_sparse_attention": 128}},
+         "compress_rates.compressed_sparse_attention"),
+        ({"compress_rates": []}, "compress_rates"),
+        ({"mlp_layer_types": ["moe"] * 43}, "num_hash_layers"),
+        ({"rope_parameters": ROPE | {"compress": {"rope_type": "default"}}}, "rope_scaling"),
+        ({"rope_scaling": None}, "rope_scaling"),
+        ({"rope_scaling": YARN | {"factor": 8}}, "rope_scaling"),
+        ({"rope_theta": 5000}, "rope_theta"),
+        ({"compress_rope_theta": 5000}, "compress_rope_theta"),
+        ({"rope_parameters": []}, "rope_parameters"),
+        ({"qk_rope_head_dim": 32}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor"),
+    ],
+)  # fmt: skip
+def test_dialects_that_contradict_each_other(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(BOTH | fields)
+    assert caught.value.field == named
+
+
 @pytest.mark.parametrize("name", ["hidden_size", "index_topk", "routed_scaling_factor"])
 def test_a_missing_field_is_named(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -278,6 +363,14 @@ def transformers_refusals() -> list[tuple[dict[str, Any], str]]:
         ({"mlp_layer_types": ["moe", "hash_moe", *["moe"] * 4]}, "mlp_layer_types"),
         ({"mlp_layer_types": ["hash_moe"]}, "mlp_layer_types"),
         ({"rope_parameters": None}, "rope_parameters"),
+        ({"rope_parameters": [1, 2]}, "rope_parameters"),
+        ({"rope_scaling": None}, "rope_scaling"),
+        ({"rope_parameters": rope | {"compress": {"factor": 16}}},
+         "rope_parameters.compress.rope_type"),
+        ({"rope_parameters": rope | {"compress": rope["compress"] | {"rope_type": "default"}}},
+         "rope_parameters.compress.type"),
+        ({"rope_parameters": rope | {"compress": {"rope_type": "default", "factor": 16}}},
+         "rope_parameters.compress.factor"),
         ({"rope_parameters": rope["main"]}, "rope_parameters"),
         ({"rope_parameters": rope | {"main": 1}}, "rope_parameters.main"),
         ({"rope_parameters": rope | {"main": rope["main"] | {"rope_type": "linear"}}},
@@ -297,19 +390,70 @@ def test_the_refused_field_of_the_transformers_dialect_is_named(
     assert caught.value.field == named
 
 
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 10**400, 0, 1.5, 0.501, True, "1"])
+def test_a_rotary_share_that_cannot_be(factor: object) -> None:
+    raw = transformers_json(GOLDEN) | {"partial_rotary_factor": factor}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({k: v for k, v in raw.items() if k != "qk_rope_head_dim"})
+    assert caught.value.field == "partial_rotary_factor"
+    with pytest.raises(ConfigError) as caught:
+        parse_config({k: v for k, v in raw.items() if k != "qk_rope_head_dim"} | {"head_dim": "x"})
+    assert caught.value.field in ("partial_rotary_factor", "head_dim")
+
+
+def test_the_rotary_share_gives_the_rope_dims() -> None:
+    raw = {k: v for k, v in transformers_json(GOLDEN).items() if k != "qk_rope_head_dim"}
+    assert parse_config(raw).config.qk_rope_head_dim == 64
+    with pytest.raises(ConfigError, match="rope_parameters"):
+        parse_config(raw | {"rope_parameters": [1]})
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**5000, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p"])
+def test_sampling_numbers_that_no_float_can_hold(name: str, value: float) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.argument == name
+
+
 # ---- fuzz: whatever the file says, a ModelConfig or a ConfigError
 
 VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(10**12), 10**12)
+    | st.sampled_from([10**400, -(10**400), 10**5000, 64.0, 65536.5, 0.5])
     | st.floats()
     | st.text(max_size=6)
-    | st.sampled_from(["yarn", "default", "fp8", "fp4", "moe", "hash_moe", "sliding_attention"]),
+    | st.sampled_from(
+        [
+            "yarn",
+            "default",
+            "fp8",
+            "fp4",
+            "moe",
+            "hash_moe",
+            "sliding_attention",
+            "NVFP4",
+            "modelopt",
+        ]
+    ),
     lambda inner: (
         st.lists(inner, max_size=7)
         | st.dictionaries(
-            st.sampled_from(["type", "rope_type", "factor", "main", "compress", "quant_method"])
+            st.sampled_from(
+                [
+                    "type",
+                    "rope_type",
+                    "factor",
+                    "main",
+                    "compress",
+                    "quant_method",
+                    "quant_algo",
+                    "partial_rotary_factor",
+                    "rope_theta",
+                ]
+            )
             | st.text(max_size=4),
             inner,
             max_size=4,
@@ -317,7 +461,10 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-BASES = [FLASH_JSON, GOLDEN, transformers_json(GOLDEN), to_official(tiny_config())]
+BASES = [
+    FLASH_JSON, GOLDEN, transformers_json(GOLDEN), to_official(tiny_config()), BOTH,
+    {k: v for k, v in transformers_json(GOLDEN).items() if k != "qk_rope_head_dim"},
+]  # fmt: skip
 
 
 def paths(value: Any, prefix: tuple = ()) -> list[tuple]:

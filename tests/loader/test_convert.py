@@ -61,6 +61,42 @@ def test_counts_must_exist(layers: int, experts: int, argument: str) -> None:
     assert caught.value.argument == argument
 
 
+@pytest.mark.parametrize("counts", [{"num_layers": 0}, {"num_experts": 0}])
+def test_zero_is_a_count_that_does_not_exist(counts: dict[str, int], sound, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="got 0"):
+        slice_checkpoint(sound("official"), tmp_path / "out", **counts)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_checkpoint_is_not_converted_into_itself(copy_of, link: bool, tmp_path: Path) -> None:
+    source = target = copy_of("official")
+    if link:
+        target = tmp_path / "link"
+        target.symlink_to(source, target_is_directory=True)
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    for write in (
+        lambda: slice_checkpoint(source, target, num_layers=2, overwrite=True),
+        lambda: dequantize_checkpoint(source, target, dequantize, overwrite=True),
+    ):
+        with pytest.raises(RequestError) as caught:
+            write()
+        assert caught.value.argument == "out"
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+
+
+def test_generation_config_goes_with_the_copy(sound, tmp_path: Path) -> None:
+    import json
+
+    for name, write in (
+        ("a", lambda out, **more: slice_checkpoint(sound("official"), out, **more)),
+        ("b", lambda out, **m: dequantize_checkpoint(sound("official"), out, dequantize, **m)),
+    ):
+        write(tmp_path / name, generation_config={"eos_token_id": [1, 7]})
+        text = (tmp_path / name / "generation_config.json").read_text()
+        assert json.loads(text) == {"eos_token_id": [1, 7]}
+
+
 def test_slice_of_a_dspark_config_has_no_draft() -> None:
     from dataclasses import replace
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,44 @@ def test_single_file_without_index(tmp_path: Path) -> None:
     ck = Checkpoint.open(tmp_path)
     assert ck.shards == ("model.safetensors",)
     assert_same_weights(ck.load(), weights)
+
+
+def nvfp4_shapes(folder: Path, change) -> None:
+    """Rewrite the only shard, every NVFP4 scalar passed through `change(name, entry)`."""
+    path = folder / "model-00001-of-00001.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    for name, entry in header.items():
+        if name.endswith(("weight_scale_2", "input_scale")):
+            change(name, entry)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def test_nvfp4_scalars_may_have_one_dim(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, config_of("nvfp4"), weights_of("nvfp4"))
+    nvfp4_shapes(tmp_path, lambda name, entry: entry.update(shape=[1]))
+    ck = Checkpoint.open(tmp_path)
+    assert_same_weights(ck.load(), weights_of("nvfp4"))
+    assert ck.verify(deep=True) == []
+    nvfp4_shapes(tmp_path, lambda name, entry: entry.update(shape=[1, 1]))
+    with pytest.raises(CheckpointError, match="shape"):
+        Checkpoint.open(tmp_path)
+
+
+def test_nvfp4_input_scales_are_there_for_all_matrices_or_none(tmp_path: Path) -> None:
+    weights = weights_of("nvfp4")
+    names = [n for n, w in weights.items() if getattr(w, "input_scale", None) is not None]
+    bare = weights | {n: replace(weights[n], input_scale=None) for n in names}
+    write_checkpoint(tmp_path, config_of("nvfp4"), bare)
+    ck = Checkpoint.open(tmp_path)
+    assert_same_weights(ck.load(), bare)
+    assert ck.verify(deep=True) == []
+    with pytest.raises(CheckpointError) as caught:
+        write_checkpoint(tmp_path / "one", config_of("nvfp4"), bare | {names[0]: weights[names[0]]})
+    assert {p.kind for p in caught.value.problems} == {"missing"}
+    assert len(caught.value.problems) == len(names) - 1
 
 
 def test_mtp_experts_of_an_nvfp4_file_may_be_nvfp4(tmp_path: Path) -> None:
@@ -269,6 +308,71 @@ def test_a_target_that_is_a_file_is_refused(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "file", config_of("official"), weights_of("official"))
 
 
+@pytest.mark.parametrize(
+    "name", [".shard-0.part", ".config.json.part", ".model.safetensors.index.json.part",
+             "config.json", "model.safetensors.index.json", "generation_config.json",
+             "model-00001-of-00001.safetensors"],
+)  # fmt: skip
+def test_links_in_the_target_are_not_written_through(name: str, tmp_path: Path) -> None:
+    folder, victim = tmp_path / "m", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("precious")
+    (folder / name).symlink_to(victim)
+    write_checkpoint(
+        folder, config_of("official"), weights_of("official"), overwrite=True,
+        generation_config={"eos_token_id": 1},
+    )  # fmt: skip
+    assert victim.read_text() == "precious"
+    assert not (folder / name).is_symlink() or name.endswith(".part")
+    assert_same_weights(Checkpoint.open(folder).load(), weights_of("official"))
+
+
+def test_leftovers_of_the_old_checkpoint_go_and_nothing_else(tmp_path: Path) -> None:
+    write_checkpoint(
+        tmp_path, config_of("official"), weights_of("official"), SHARD_BYTES,
+        generation_config={"eos_token_id": 1},
+    )  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    write_checkpoint(tmp_path, config_of("official"), weights_of("official"), overwrite=True)
+    assert set(tree(tmp_path)) == {
+        "tokenizer.json", "config.json", "model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+    }  # fmt: skip
+
+
+def test_a_write_that_stops_half_way_never_looks_complete(tmp_path: Path, monkeypatch) -> None:
+    """Old and new have the same tensors in files of the same names: a mixture would open."""
+    config, real, counts = config_of("official"), os.replace, []
+    for limit in range(50):
+        folder = tmp_path / str(limit)
+        write_checkpoint(folder, config, random_weights(config, seed=1), SHARD_BYTES)
+        calls = 0
+
+        def stopping(a, b, limit=limit) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise OSError(5, "Input/output error")
+            real(a, b)
+
+        monkeypatch.setattr(os, "replace", stopping)
+        try:
+            write_checkpoint(folder, config, weights_of("official"), SHARD_BYTES, overwrite=True)
+        except CheckpointError as error:
+            assert error.kind == "write"
+            with pytest.raises(CheckpointError):
+                Checkpoint.open(folder)
+            assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+            counts.append(limit)
+        else:
+            break
+        finally:
+            monkeypatch.setattr(os, "replace", real)
+    assert len(counts) > 5
+    assert_same_weights(Checkpoint.open(folder).load(), weights_of("official"))
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:
     config, weights = config_of("official"), weights_of("official")
     write_checkpoint(tmp_path, config, weights, SHARD_BYTES)
@@ -277,7 +381,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> N
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(json, "dumps", full)
     with pytest.raises(CheckpointError, match="No space left") as caught:
         write_checkpoint(tmp_path, config, weights, SHARD_BYTES, overwrite=True)
     assert caught.value.kind == "write"

@@ -21,7 +21,7 @@ from dsv4.core.config import LayerKind
 from dsv4.core.kv_layout import IndexRecord, KvRecord
 from dsv4.reference import cache_writes
 from dsv4.reference.compressor import CompressorState, compress
-from dsv4.reference.kv_records import index_record_pack_fp8, kv_record_pack
+from dsv4.reference.kv_records import index_record_pack_fp8, index_record_pack_mxfp4, kv_record_pack
 from dsv4.reference.norm import rms_norm
 from dsv4.reference.rope import apply_rope, layer_frequencies, rope_cos_sin
 from support.cache_life import Life
@@ -158,7 +158,9 @@ class History(Life):
         x = apply_rope(x, cos[: len(x)], sin[: len(x)])
         if which:
             x = cache_writes.hadamard(x)
-            record, want = IndexRecord.of(c, "fp8"), index_record_pack_fp8(x)
+            keys = self.manager.schema.index_keys
+            pack = index_record_pack_fp8 if keys == "fp8" else index_record_pack_mxfp4
+            record, want = IndexRecord.of(c, keys), pack(x)
             sizes = record.value_bytes, record.scale_bytes
         else:
             kv_record, want = KvRecord.of(c), kv_record_pack(x, c.qk_rope_head_dim)

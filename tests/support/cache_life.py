@@ -12,6 +12,7 @@ from dsv4.cache.step import StepRows
 from dsv4.cache.storage import CacheStorage
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import CapacityError
+from dsv4.core.kv_layout import IndexKeys
 from dsv4.testing.tiny import tiny_config
 
 OPERATIONS = ("admit", "step", "step", "step", "fork", "preempt", "restore", "release", "keep")
@@ -29,11 +30,11 @@ def small_config() -> ModelConfig:
 
 def small_manager(
     page_tokens: int = 128, num_pages: int = 12, num_slots: int = 4, canary: bool = False,
-    device: str = "cpu",
+    device: str = "cpu", index_keys: IndexKeys = "fp8",
 ) -> CacheManager:  # fmt: skip
     schema = CacheSchema.of(
         small_config(), num_pages=num_pages, num_slots=num_slots, page_tokens=page_tokens,
-        canary=canary,
+        canary=canary, index_keys=index_keys,
     )  # fmt: skip
     return CacheManager(CacheStorage(schema, device), prefix_bytes=300_000, canary=canary)
 

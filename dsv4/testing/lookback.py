@@ -1,0 +1,149 @@
+"""Gates of looking back: needles for CSA and its indexer, tallies for HCA.
+
+One context is read once and serves several questions, each on a copy of the cache. Like the other
+gates they know nothing of models: a `Reader` reads a context and answers cues.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from dsv4.testing.gates import TokenizerLike
+
+DISTANCES = (64, 120, 256, 512, 1024, 2048, 3000, 4000)
+WINDOW = 128
+REACH = 768  # window x (layers - 1): nearer needles could come through stacked windows
+PAIRS = (
+    ("up", "down"), ("left", "right"), ("red", "blue"), ("cat", "dog"), ("old", "new"),
+    ("north", "south"),
+)  # fmt: skip
+WORD = re.compile(" [a-z]{4,}")
+
+# form -> text before the key, between key and value
+FORMS = {
+    "direct": ("", ""),
+    "shifted": ("", " is"),
+    "sentence": (" The code of the", " is"),
+    "digits": (" The code of the", " is "),
+}
+
+# reads a context; the returned function continues it greedily: (cue ids, count) -> new ids
+Reader = Callable[[list[int]], Callable[[list[int], int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """`cue` after the context must be continued with `answer`; distance in tokens, 0 for none."""
+
+    cue: tuple[int, ...]
+    answer: tuple[int, ...]
+    distance: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """Ids to read, and what to ask about them."""
+
+    ids: tuple[int, ...]
+    questions: tuple[Question, ...]
+
+
+def vocabulary_words(tokenizer: TokenizerLike, size: int) -> list[int]:
+    """Ids of the tokens that are a space and a lower-case word of at least four letters."""
+    return [i for i in range(size) if WORD.fullmatch(tokenizer.decode([i]))]
+
+
+def needle_context(
+    form: str, tokenizer: TokenizerLike, filler: Sequence[int], words: Iterable[int], length: int,
+    seed: int,
+) -> Context:  # fmt: skip
+    """Eight needles (fewer in a short context) in running text; each is asked once.
+
+    filler  ids of at least `length` tokens of text; each seed starts elsewhere in it
+    words   ids that may be keys and values; those that occur in the text are left out
+
+    Of a distance d the value's last occurrence stands d tokens before the answer's place. The
+    order of the questions says nothing: each goes to a fresh copy of the cache.
+    """
+    rng = Random(f"{form} {seed}")
+    start = rng.randrange(len(filler))
+    text = [tokenizer.bos_id, *(filler[(start + i) % len(filler)] for i in range(length - 1))]
+    present = set(text)
+    free = [w for w in words if w not in present]
+    rng.shuffle(free)
+    before, between = (tokenizer.encode(part) if part else [] for part in FORMS[form])
+    after = tokenizer.encode(".") if form in ("sentence", "digits") else []
+    questions = []
+    for distance in (d for d in DISTANCES if d < length - 40):
+        cue = [*before, free.pop(), *between]
+        answer = [free.pop()]
+        if form == "digits":
+            answer = [tokenizer.encode(str(rng.randrange(10)))[0] for _ in range(4)]
+        needle = [*cue, *answer, *after]
+        at = length - distance
+        text[at : at + len(needle)] = needle
+        questions.append(Question(tuple(cue), tuple(answer), distance))
+    return Context(tuple(text[:length]), tuple(questions))
+
+
+def tally_context(tokenizer: TokenizerLike, length: int, seed: int, margin: float = 0.1) -> Context:
+    """Words of six pairs in random order; which of each pair occurs more often?
+
+    Every stretch of 24 to 200 words leans its own way around the lean of the whole, so that the
+    window or a few entries tell little. Pairs whose counts differ by less than `margin` of their
+    sum are not asked.
+    """
+    rng = Random(f"tally {seed}")
+    pairs = [[tokenizer.encode(" " + word)[0] for word in pair] for pair in PAIRS]
+    lean = [rng.choice((0.35, 0.65)) for _ in pairs]
+    ids, share, left = [tokenizer.bos_id], lean, 0
+    while len(ids) < length:
+        if left == 0:
+            left = rng.randrange(24, 200)
+            share = [min(max(x + rng.uniform(-0.25, 0.25), 0.02), 0.98) for x in lean]
+        pair = rng.randrange(len(pairs))
+        ids.append(pairs[pair][rng.random() > share[pair]])
+        left -= 1
+    questions = []
+    for first, second in pairs:
+        counts = ids.count(first), ids.count(second)
+        if abs(counts[0] - counts[1]) >= margin * sum(counts):
+            cue = [first, *tokenizer.encode(" or"), second, *tokenizer.encode("?")]
+            answer = first if counts[0] > counts[1] else second
+            questions.append(Question(tuple(cue), (answer,)))
+    return Context(tuple(ids), tuple(questions))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers out of `count`."""
+
+    right: int = 0
+    count: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.right + other.right, self.count + other.count)
+
+    @property
+    def share(self) -> float:
+        """Right answers over all; NaN without any."""
+        return self.right / self.count if self.count else float("nan")
+
+
+def ask(read: Reader, contexts: Iterable[Context]) -> dict[int, Score]:
+    """Distance -> score over all questions of all contexts."""
+    scores: dict[int, Score] = {}
+    for context in contexts:
+        answer = read(list(context.ids))
+        for q in context.questions:
+            right = answer(list(q.cue), len(q.answer)) == list(q.answer)
+            scores[q.distance] = scores.get(q.distance, Score()) + Score(int(right), 1)
+    return scores
+
+
+def pooled(scores: dict[int, Score], low: int = 0, high: int = 1 << 30) -> float:
+    """Share of right answers over the distances from `low` to below `high`."""
+    return sum((s for d, s in scores.items() if low <= d < high), Score()).share
