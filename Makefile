@@ -36,8 +36,9 @@ format: $(VENV)/.ready-dev
 
 # A million operations of the cache manager, thousands of histories of the paged cache.
 stress: $(VENV)/.ready-dev
-	DSV4_STRESS_OPERATIONS=1000000 DSV4_STRESS_HISTORIES=2000 DSV4_STRESS_KERNEL_HISTORIES=200 \
-	  $(BIN)/pytest -n 2 -s tests/cache
+	DSV4_STRESS_OPERATIONS=1000000 $(BIN)/pytest -s tests/cache/test_manager.py
+	DSV4_STRESS_HISTORIES=2000 DSV4_STRESS_KERNEL_HISTORIES=200 \
+	  $(BIN)/pytest -n 2 tests/cache/test_histories.py
 
 # Every kernel compiled for sm_90 and sm_100, no GPU needed.
 aot: $(VENV)/.ready-dev

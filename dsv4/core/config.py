@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from math import isfinite
 from typing import Any
 
 from dsv4.core.errors import ConfigError
+from dsv4.core.numbers import is_finite_number, is_integer
 
 
 class LayerKind(Enum):
@@ -186,13 +186,10 @@ _RANGES: dict[str, tuple[float, float]] = {
 def _check_types(c: ModelConfig) -> None:
     for f in fields(c):
         value = getattr(c, f.name)
-        if f.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+        if f.type == "int" and not is_integer(value):
             raise ConfigError(f.name, "an integer", value)
-        if f.type == "float":
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise ConfigError(f.name, "a number", value)
-            if not isfinite(value):
-                raise ConfigError(f.name, "a finite number", value)
+        if f.type == "float" and not is_finite_number(value):
+            raise ConfigError(f.name, "a finite number", value)
     if not isinstance(c.compress_ratios, tuple):
         raise ConfigError("compress_ratios", "a tuple of integers", c.compress_ratios)
 
@@ -218,10 +215,15 @@ def _check_yarn(y: YarnScaling) -> None:
         ("beta_slow", 1e-6, 1e6),
     ):
         value = getattr(y, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not isfinite(value):
+        if not is_finite_number(value):
             raise ConfigError(f"rope_scaling.{name}", "a finite number", value)
         if not low <= value <= high:
             raise ConfigError(f"rope_scaling.{name}", f"{low:g} to {high:g}", value)
+    if not is_integer(y.original_max_position_embeddings):
+        raise ConfigError(
+            "rope_scaling.original_max_position_embeddings", "an integer",
+            y.original_max_position_embeddings,
+        )  # fmt: skip
     if y.beta_fast <= y.beta_slow:
         raise ConfigError(
             "rope_scaling.beta_fast", f"more than beta_slow {y.beta_slow}", y.beta_fast
@@ -233,8 +235,8 @@ def _check_consistency(c: ModelConfig) -> None:
     if len(c.compress_ratios) != L:
         raise ConfigError("compress_ratios", f"{L} entries, one per layer", c.compress_ratios)
     for ratio in c.compress_ratios:
-        if isinstance(ratio, bool) or ratio not in (0, 4, 128):
-            raise ConfigError("compress_ratios", "only 0, 4 and 128", ratio)
+        if not is_integer(ratio) or ratio not in (0, 4, 128):
+            raise ConfigError("compress_ratios", "only the integers 0, 4 and 128", ratio)
     if c.num_hash_layers > L:
         raise ConfigError(
             "num_hash_layers", f"at most {L}, the number of layers", c.num_hash_layers

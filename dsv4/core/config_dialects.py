@@ -1,8 +1,9 @@
 """config.json in its two dialects, normalised once into a ModelConfig.
 
 The official dialect has `compress_ratios`, `num_hash_layers` and `rope_scaling`; transformers 5
-writes `layer_types`, `compress_rates`, `mlp_layer_types` and a nested `rope_parameters`. Nothing
-in the file is ever acted on beyond the fields read here: unknown keys are returned, not used.
+writes `layer_types`, `compress_rates`, `mlp_layer_types` and a nested `rope_parameters`. A file
+that has fields of both is read both ways, and both readings must agree. Nothing in the file is
+ever acted on beyond the fields read here: unknown keys are returned, not used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from dsv4.core.config import ModelConfig, YarnScaling
 from dsv4.core.errors import ConfigError
+from dsv4.core.numbers import is_finite_number, is_integer
 
 MODEL_TYPE = "deepseek_v4"
 
@@ -78,19 +80,24 @@ def parse_config(raw: Mapping[str, Any]) -> ParsedConfig:
     for name, legal in _FIXED.items():
         if name in raw and raw[name] not in legal:
             raise ConfigError(name, repr(legal[0]), raw[name])
-    transformers = "layer_types" in raw and "compress_ratios" not in raw
-    read = _read_transformers if transformers else _read_official
-    values = {name: raw[name] for name in _DIRECT if raw.get(name) is not None}
-    values |= read(raw) | _read_formats(raw)
+    is_official = _has(raw, "compress_ratios") or not _has(raw, "layer_types")
+    values = {name: raw[name] for name in _DIRECT if _has(raw, name)}
+    values |= _read_schedule(raw, is_official) | _read_mlp_types(raw)
+    values |= _read_rope_dim(raw) | _read_rope(raw, is_official) | _read_formats(raw)
     missing = [
         f.name for f in fields(ModelConfig)
         if f.name not in values and f.name in _required()
     ]  # fmt: skip
     if missing:
         raise ConfigError(missing[0], "a value", None, "config.json lacks: " + ", ".join(missing))
-    unknown = sorted(set(raw) - _NEUTRAL - set(_FIXED) - set(_DIRECT))
-    dialect = "transformers" if transformers else "official"
+    unknown = sorted(str(k) for k in set(raw) - _NEUTRAL - set(_FIXED) - set(_DIRECT))
+    dialect = "official" if is_official else "transformers"
     return ParsedConfig(ModelConfig(**values), dialect, tuple(unknown))
+
+
+def _has(raw: Mapping[str, Any], name: str) -> bool:
+    """Whether the file says anything about `name`; null says nothing."""
+    return raw.get(name) is not None
 
 
 def _required() -> set[str]:
@@ -100,8 +107,8 @@ def _required() -> set[str]:
 
 
 def _num_layers(raw: Mapping[str, Any]) -> int:
-    layers = raw.get("num_hidden_layers")
-    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= 512:
+    layers: Any = raw.get("num_hidden_layers")
+    if not is_integer(layers) or not 1 <= layers <= 512:
         raise ConfigError("num_hidden_layers", "1 to 512", layers)
     return layers
 
@@ -113,53 +120,50 @@ def _sequence(raw: Mapping[str, Any], name: str) -> list[Any]:
     return list(value)
 
 
-def _read_official(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _read_schedule(raw: Mapping[str, Any], is_official: bool) -> dict[str, Any]:
     L = _num_layers(raw)
+    ours = _read_ratios(raw, L) if is_official else None
+    theirs = _read_layer_types(raw, L) if _has(raw, "layer_types") else None
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ConfigError("layer_types", f"the schedule of compress_ratios {ours}", theirs)
+    rates = raw.get("compress_rates")
+    if rates is not None and not isinstance(rates, Mapping):
+        raise ConfigError("compress_rates", "an object", rates)
+    for kind, rate in (rates or {}).items():
+        if not is_integer(rate) or _LAYER_RATIO.get(kind) != rate:
+            raise ConfigError(f"compress_rates.{kind}", str(_LAYER_RATIO.get(kind)), rate)
+    return {"compress_ratios": theirs if ours is None else ours}
+
+
+def _read_ratios(raw: Mapping[str, Any], L: int) -> tuple[Any, ...]:
     ratios = _sequence(raw, "compress_ratios")
     if not L <= len(ratios) <= L + 8:
         raise ConfigError(
             "compress_ratios", f"{L} to {L + 8} entries, one per layer and MTP block", ratios
         )
-    if any(ratios[L:]):
+    if any(not is_integer(r) or r != 0 for r in ratios[L:]):
         raise ConfigError("compress_ratios", "0 for the entries of MTP blocks", ratios[L:])
-    out: dict[str, Any] = {"compress_ratios": tuple(ratios[:L])}
-    scaling = raw.get("rope_scaling")
-    out["yarn"] = None if scaling is None else _read_yarn("rope_scaling", scaling)
-    if isinstance(raw.get("rope_parameters"), Mapping):
-        out |= _read_rope_parameters(raw)
-    return out
+    return tuple(ratios[:L])
 
 
-def _read_transformers(raw: Mapping[str, Any]) -> dict[str, Any]:
-    L = _num_layers(raw)
+def _read_layer_types(raw: Mapping[str, Any], L: int) -> tuple[int, ...]:
     kinds = _sequence(raw, "layer_types")
     for kind in kinds:
         if not isinstance(kind, str) or kind not in _LAYER_RATIO:
             raise ConfigError("layer_types", f"one of {tuple(_LAYER_RATIO)}", kind)
     if len(kinds) != L:
         raise ConfigError("layer_types", f"{L} entries", kinds)
-    rates = raw.get("compress_rates") or {}
-    if not isinstance(rates, Mapping):
-        raise ConfigError("compress_rates", "an object", rates)
-    for kind, rate in rates.items():
-        if _LAYER_RATIO.get(kind) != rate:
-            raise ConfigError(f"compress_rates.{kind}", str(_LAYER_RATIO.get(kind)), rate)
-    out: dict[str, Any] = {"compress_ratios": tuple(_LAYER_RATIO[k] for k in kinds)}
-    out |= _read_mlp_types(raw, L)
-    if "qk_rope_head_dim" not in raw:
-        out["qk_rope_head_dim"] = _rope_dim(raw)
-    return out | _read_rope_parameters(raw)
+    return tuple(_LAYER_RATIO[k] for k in kinds)
 
 
-def _read_mlp_types(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    if "mlp_layer_types" not in raw:
+def _read_mlp_types(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if not _has(raw, "mlp_layer_types"):
         return {}
-    kinds = _sequence(raw, "mlp_layer_types")
+    L, kinds = _num_layers(raw), _sequence(raw, "mlp_layer_types")
     num_hash = sum(kind == "hash_moe" for kind in kinds)
-    expected = ["hash_moe"] * num_hash + ["moe"] * (num_layers - num_hash)
-    if kinds != expected:
+    if kinds != ["hash_moe"] * num_hash + ["moe"] * (L - num_hash):
         raise ConfigError(
-            "mlp_layer_types", f"'hash_moe' layers first, then 'moe', {num_layers} in all", kinds
+            "mlp_layer_types", f"'hash_moe' layers first, then 'moe', {L} in all", kinds
         )
     if raw.get("num_hash_layers") not in (None, num_hash):
         raise ConfigError("num_hash_layers", f"{num_hash}, as in mlp_layer_types",
@@ -167,40 +171,91 @@ def _read_mlp_types(raw: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     return {"num_hash_layers": num_hash}
 
 
-def _rope_dim(raw: Mapping[str, Any]) -> int:
-    factor, head_dim = raw.get("partial_rotary_factor"), raw.get("head_dim")
-    for group in (raw.get("rope_parameters") or {}).values():
-        if factor is None and isinstance(group, Mapping):
-            factor = group.get("partial_rotary_factor")
-    if not isinstance(factor, (int, float)) or not isinstance(head_dim, int):
-        raise ConfigError("partial_rotary_factor", "a number beside head_dim", factor)
-    return round(factor * head_dim)
+def _read_rope_dim(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """qk_rope_head_dim, or the same as a share of head_dim, at up to three places."""
+    name, head_dim = "partial_rotary_factor", raw.get("head_dim")
+    rope = raw.get("rope_parameters")
+    groups = [g for g in rope.values() if isinstance(g, Mapping)] if _is_object(rope) else []
+    shares = [g[name] for g in (raw, *groups) if _has(g, name)]
+    if not shares:
+        return {}
+    if not is_integer(head_dim) or not 1 <= head_dim <= 8192:
+        raise ConfigError("head_dim", f"an integer beside {name}", head_dim)
+    wanted = raw.get("qk_rope_head_dim")
+    for share in shares:
+        if not is_finite_number(share) or not 0 < share <= 1:
+            raise ConfigError(name, "more than 0, at most 1", share)
+        dim = round(share * head_dim)
+        if abs(share * head_dim - dim) > 1e-6:
+            raise ConfigError(name, f"a whole part of head_dim {head_dim}", share)
+        wanted = dim if wanted is None else wanted
+        if wanted != dim:
+            raise ConfigError(name, f"{wanted} of {head_dim} dims, as said elsewhere", share)
+    return {"qk_rope_head_dim": wanted}
+
+
+def _read_rope(raw: Mapping[str, Any], is_official: bool) -> dict[str, Any]:
+    """YaRN and the two bases. YaRN is off only where the file says so."""
+    theirs = None
+    if _has(raw, "rope_parameters") or not is_official:
+        theirs = _read_rope_parameters(raw)
+    if "rope_scaling" not in raw:
+        if theirs is None:
+            raise ConfigError("rope_scaling", "an object, or null for no YaRN", "nothing")
+        return theirs
+    scaling = raw["rope_scaling"]
+    yarn = None if scaling is None else _read_yarn("rope_scaling", scaling)
+    if theirs is None:
+        return {"yarn": yarn}
+    if theirs["yarn"] != yarn:
+        raise ConfigError("rope_scaling", f"{theirs['yarn']}, as in rope_parameters", scaling)
+    return theirs
 
 
 def _read_rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    rope = raw.get("rope_parameters")
-    if not isinstance(rope, Mapping) or not {"main", "compress"} <= set(rope):
+    rope: Any = raw.get("rope_parameters")
+    if not _is_object(rope) or not {"main", "compress"} <= set(rope):
         raise ConfigError("rope_parameters", "an object with 'main' and 'compress'", rope)
     main, compress = rope["main"], rope["compress"]
     for name, group in (("main", main), ("compress", compress)):
-        if not isinstance(group, Mapping):
+        if not _is_object(group):
             raise ConfigError(f"rope_parameters.{name}", "an object", group)
-    if main.get("rope_type", "default") != "default":
+    if _rope_kind("rope_parameters.main", main) not in (None, "default"):
         raise ConfigError("rope_parameters.main.rope_type", "'default'", main.get("rope_type"))
     out: dict[str, Any] = {}
-    if "rope_theta" in main:
-        out["rope_theta"] = main["rope_theta"]
-    if "rope_theta" in compress:
-        out["compress_rope_theta"] = compress["rope_theta"]
-    kind = compress.get("rope_type", compress.get("type", "default"))
-    out["yarn"] = None if kind == "default" else _read_yarn("rope_parameters.compress", compress)
-    return out
+    for name, group in (("rope_theta", main), ("compress_rope_theta", compress)):
+        theta = group.get("rope_theta")
+        if theta is not None:
+            out[name] = theta
+            if raw.get(name) not in (None, theta):
+                raise ConfigError(name, f"{theta}, as in rope_parameters", raw[name])
+    field = "rope_parameters.compress"
+    kind = _rope_kind(field, compress)
+    if kind is None:
+        raise ConfigError(f"{field}.rope_type", "'yarn' or 'default'", None)
+    if kind == "default":
+        for f in fields(YarnScaling):
+            if _has(compress, f.name):
+                raise ConfigError(f"{field}.{f.name}", "absent beside 'default'", compress[f.name])
+    return out | {"yarn": None if kind == "default" else _read_yarn(field, compress)}
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _rope_kind(field: str, group: Mapping[str, Any]) -> Any:
+    """`rope_type`, or `type` as older files spell it; None without either."""
+    new, old = group.get("rope_type"), group.get("type")
+    if new is not None and old is not None and new != old:
+        raise ConfigError(f"{field}.type", f"{new!r}, as in rope_type", old)
+    return old if new is None else new
 
 
 def _read_yarn(field: str, raw: Any) -> YarnScaling:
-    if not isinstance(raw, Mapping):
+    if not _is_object(raw):
         raise ConfigError(field, "an object", raw)
-    kind = raw.get("rope_type", raw.get("type"))
+    kind = _rope_kind(field, raw)
     if kind != "yarn":
         raise ConfigError(f"{field}.type", "'yarn'", kind)
     for name in ("mscale", "mscale_all_dim"):
@@ -212,35 +267,46 @@ def _read_yarn(field: str, raw: Any) -> YarnScaling:
     for name in ("factor", "original_max_position_embeddings"):
         if name not in raw:
             raise ConfigError(f"{field}.{name}", "a number", None)
-    return YarnScaling(**{n: raw[n] for n in names if raw.get(n) is not None})
+    return YarnScaling(**{n: raw[n] for n in names if _has(raw, n)})
 
 
 def _read_formats(raw: Mapping[str, Any]) -> dict[str, Any]:
-    quant = raw.get("quantization_config")
-    plain = str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16").removeprefix("torch.")
+    quant: Any = raw.get("quantization_config")
     if quant is None:
-        if plain not in ("bfloat16", "float32"):
-            raise ConfigError("torch_dtype", "'bfloat16' or 'float32'", plain)
+        plain = _plain_dtype(raw)
         return {"expert_format": plain, "linear_format": plain}
-    if not isinstance(quant, Mapping):
+    if not _is_object(quant):
         raise ConfigError("quantization_config", "an object", quant)
+    algo = quant.get("moe_quant_algo")
+    is_nvfp4 = (quant.get("quant_algo") if algo is None else algo) == "NVFP4"
     for name, legal in (
-        ("quant_method", ("fp8",)),
+        ("quant_method", ("fp8", "modelopt") if is_nvfp4 else ("fp8",)),
         ("fmt", ("e4m3", None)),
         ("scale_fmt", ("ue8m0", None)),
         ("weight_block_size", ([128, 128], (128, 128), None)),
+        ("moe_quant_algo", ("NVFP4", None)),
     ):
         if quant.get(name) not in legal:
             raise ConfigError(f"quantization_config.{name}", repr(legal[0]), quant.get(name))
-    if quant.get("moe_quant_algo") is not None:
-        if quant["moe_quant_algo"] != "NVFP4":
-            raise ConfigError("quantization_config.moe_quant_algo", "'NVFP4'",
-                              quant["moe_quant_algo"])  # fmt: skip
+    if is_nvfp4:
         return {"expert_format": "nvfp4", "linear_format": "fp8"}
-    experts = raw.get("expert_dtype", quant.get("expert_dtype", "fp4"))
+    said = [x["expert_dtype"] for x in (raw, quant) if _has(x, "expert_dtype")]
+    experts = said[0] if said else "fp4"
     if experts not in ("fp4", "fp8"):
         raise ConfigError("expert_dtype", "'fp4' or 'fp8'", experts)
+    if any(x != experts for x in said):
+        raise ConfigError("expert_dtype", f"{said[-1]!r}, as in quantization_config", experts)
     return {"expert_format": {"fp4": "mxfp4", "fp8": "fp8"}[experts], "linear_format": "fp8"}
+
+
+def _plain_dtype(raw: Mapping[str, Any]) -> str:
+    said = [str(raw[n]).removeprefix("torch.") for n in ("torch_dtype", "dtype") if _has(raw, n)]
+    plain = said[0] if said else "bfloat16"
+    if plain not in ("bfloat16", "float32"):
+        raise ConfigError("torch_dtype", "'bfloat16' or 'float32'", plain)
+    if any(x != plain for x in said):
+        raise ConfigError("torch_dtype", f"{said[-1]!r}, as in dtype", plain)
+    return plain
 
 
 def to_official(config: ModelConfig) -> dict[str, Any]:

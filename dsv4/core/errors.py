@@ -6,6 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+def _shown(value: object, limit: int = 300) -> str:
+    """repr for a message, cut to `limit`; integers of thousands of digits have no repr."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a value of type {type(value).__name__} too large to show"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def printable(text: object, limit: int = 120) -> str:
+    """`text` for an error message: ASCII without control characters, cut to `limit`."""
+    escaped = str(text).encode("unicode_escape").decode("ascii")
+    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
+
+
 class Dsv4Error(Exception):
     """Base of every error a caller can cause. `fix` says what to do about it."""
 
@@ -16,7 +31,7 @@ class ConfigError(Dsv4Error, ValueError):
     """A field of config.json, or of a ModelConfig, that cannot be."""
 
     def __init__(self, field: str, expected: str, got: object, fix: str = "") -> None:
-        super().__init__(f"config field {field!r}: expected {expected}, got {got!r}")
+        super().__init__(f"config field {field!r}: expected {expected}, got {_shown(got)}")
         self.field, self.expected, self.got = field, expected, got
         self.fix = fix or "correct config.json, or fetch it again"
 
@@ -78,6 +93,15 @@ class CapacityError(Dsv4Error):
         self.fix = fix or "shorten the context, lower the batch, or use a larger device"
 
 
+class DeviceUnavailable(Dsv4Error):
+    """A device that this machine does not have, or that this torch cannot use."""
+
+    def __init__(self, device: str, reason: str) -> None:
+        super().__init__(f"device {device}: {reason}")
+        self.device = device
+        self.fix = "use --device cpu; `dsv4 doctor` lists the GPUs that torch can use"
+
+
 class KernelUnavailable(Dsv4Error, NotImplementedError):
     """No kernel supports this problem on this device; the message lists every reason."""
 
@@ -86,7 +110,7 @@ class RequestError(Dsv4Error, ValueError):
     """A prompt or a sampling parameter that cannot be served."""
 
     def __init__(self, argument: str, expected: str, got: object, fix: str = "") -> None:
-        super().__init__(f"{argument}: expected {expected}, got {got!r}")
+        super().__init__(f"{argument}: expected {expected}, got {_shown(got)}")
         self.argument, self.expected, self.got = argument, expected, got
         self.fix = fix
 

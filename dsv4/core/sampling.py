@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 from dsv4.core.errors import RequestError
+from dsv4.core.numbers import is_finite_number, is_integer
 
 MAX_SEED = (1 << 64) - 1
 
@@ -69,17 +71,13 @@ class SamplingParams:
         object.__setattr__(self, name, tuple(value))
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
     expected = f"a finite number from {low:g}" + (f" to {high:g}" if isfinite(high) else " up")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RequestError(name, expected, value)
-    if not (isfinite(value) and low <= value <= high):
+    if not is_finite_number(value) or not low <= value <= high:
         raise RequestError(name, expected, value)
 
 
-def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+def _check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     expected = f"an integer from {low}" + (" up" if high is None else f" to {high}")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(name, expected, value)
-    if value < low or (high is not None and value > high):
+    if not is_integer(value) or value < low or (high is not None and value > high):
         raise RequestError(name, expected, value)

@@ -12,9 +12,18 @@ from typing import Any
 from torch import Tensor
 
 from dsv4.core.config_dialects import parse_config
-from dsv4.core.errors import CapacityError, CheckpointError, CheckpointProblem
+from dsv4.core.errors import CapacityError, CheckpointError, CheckpointProblem, printable
 from dsv4.core.formats import BlockScaledTensor
 from dsv4.core.inventory import TensorSpec
+from dsv4.core.safe_files import (
+    Opener,
+    changed_problem,
+    open_folder,
+    open_regular,
+    read_json,
+    read_small_file,
+)
+from dsv4.core.strict_json import parse_json
 from dsv4.loader.checks import deep_problems, value_problems
 from dsv4.loader.digest import digest_problems
 from dsv4.loader.folder import (
@@ -22,20 +31,14 @@ from dsv4.loader.folder import (
     INDEX_FILE,
     PICKLE_SUFFIXES,
     SINGLE_FILE,
-    Opener,
-    changed_problem,
     list_names,
-    open_folder,
-    open_regular,
-    read_small_file,
     shard_name_problem,
 )
 from dsv4.loader.header import MAX_TENSORS, Shard, read_shard
 from dsv4.loader.match import Match, Source, match_tensors
 from dsv4.loader.memory import free_memory
-from dsv4.loader.problems import limited, printable
+from dsv4.loader.problems import limited
 from dsv4.loader.stream import Progress, read_tensors, source_bytes
-from dsv4.loader.strict_json import parse_json
 
 Weight = Tensor | BlockScaledTensor
 
@@ -93,10 +96,7 @@ class Checkpoint:
     ) -> Checkpoint:
         folder = open_folder(path)
         names = list_names(folder)
-        raw = parse_json(
-            read_small_file(folder, CONFIG_FILE, _MAX_CONFIG_BYTES, opener), CONFIG_FILE
-        )
-        parsed = parse_config(raw)
+        parsed = parse_config(read_json(folder, CONFIG_FILE, _MAX_CONFIG_BYTES, opener))
         notices = [f"config.json: key {printable(k)} not understood" for k in parsed.unknown_keys]
         shards = _read_shards(folder, names, opener, notices)
         stored = {name: t for shard in shards.values() for name, t in shard.tensors.items()}

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,22 +54,32 @@ def slice_checkpoint(
     num_layers: int | None = None,
     num_experts: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    generation_config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> ModelConfig:
     """Write the first layers and experts of `source` as an official checkpoint; return its config.
 
     Memory: one layer and one shard. The result runs, and is a fair object for timing and for
     comparing implementations; what it says makes no sense. Raises RequestError for counts that
-    the model does not have, and what Checkpoint and write_checkpoint raise.
+    the model does not have or a target that is the source, and what Checkpoint and
+    write_checkpoint raise.
     """
     ck = Checkpoint.open(source)
     c = ck.config
-    config = slice_config(c, num_layers or c.num_hidden_layers, num_experts or c.n_routed_experts)
+    _check_target(ck, target)
+    config = slice_config(
+        c,
+        c.num_hidden_layers if num_layers is None else num_layers,
+        c.n_routed_experts if num_experts is None else num_experts,
+    )
     weights = (
         (name, _first_experts(name, weight, config.n_routed_experts))
         for name, weight in _by_block(ck, config)
     )
-    write_checkpoint(target, config, weights, max_shard_bytes, overwrite=overwrite)
+    write_checkpoint(
+        target, config, weights, max_shard_bytes,
+        generation_config=generation_config, overwrite=overwrite,
+    )  # fmt: skip
     return config
 
 
@@ -78,6 +89,7 @@ def dequantize_checkpoint(
     dequantize: Callable[[BlockScaledTensor], Tensor],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    generation_config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> ModelConfig:
     """Write `source` without quantised tensors, in BF16; return the new config.
@@ -86,15 +98,20 @@ def dequantize_checkpoint(
                 for FP8, MXFP4 and NVFP4 with power-of-two scales loses nothing
 
     Memory: one layer and one shard. Plain tensors keep their dtype. DSpark stages are left out.
+    Raises RequestError for a target that is the source.
     """
     ck = Checkpoint.open(source)
+    _check_target(ck, target)
     config = slice_config(ck.config, ck.config.num_hidden_layers, ck.config.n_routed_experts)
     config = replace(config, expert_format="bfloat16", linear_format="bfloat16")
     weights = (
         (name, dequantize(w).bfloat16() if isinstance(w, BlockScaledTensor) else w)
         for name, w in _by_block(ck, config)
     )
-    write_checkpoint(target, config, weights, max_shard_bytes, overwrite=overwrite)
+    write_checkpoint(
+        target, config, weights, max_shard_bytes,
+        generation_config=generation_config, overwrite=overwrite,
+    )  # fmt: skip
     return config
 
 
@@ -119,6 +136,14 @@ def transformers_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows = [parts[name] for name in stacked_experts(theirs, num_experts)]
         out[theirs] = torch.cat(rows).view(num_experts, -1, rows[0].shape[1])
     return out
+
+
+def _check_target(ck: Checkpoint, target: str | os.PathLike[str]) -> None:
+    """The source is read while the target is written: they must be two folders."""
+    if os.path.exists(target) and os.path.samefile(ck.folder, target):
+        raise RequestError(
+            "out", "another folder than the source", os.fspath(target), "choose another folder"
+        )
 
 
 def _by_block(ck: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Weight]]:

@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dsv4.core.errors import CheckpointError, CheckpointProblem
-from dsv4.loader.folder import DOWNLOAD_FIX, Opener, open_file, read_exactly
-from dsv4.loader.problems import printable
+from dsv4.core.errors import CheckpointError, CheckpointProblem, printable
+from dsv4.core.safe_files import DOWNLOAD_FIX, Opener, open_file, read_exactly
 
 _MAX_MANIFEST_BYTES, _CHUNK = 1 << 20, 8 << 20
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")

@@ -14,16 +14,16 @@ from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple
 
-from dsv4.core.errors import CheckpointError, CheckpointProblem
-from dsv4.loader.folder import (
+from dsv4.core.errors import CheckpointError, CheckpointProblem, printable
+from dsv4.core.safe_files import (
     DOWNLOAD_FIX,
     FileIdentity,
     Opener,
     open_file,
     read_exactly,
 )
-from dsv4.loader.problems import limited, printable
-from dsv4.loader.strict_json import parse_json, unique_keys
+from dsv4.core.strict_json import parse_json, unique_keys
+from dsv4.loader.problems import limited
 
 # The largest published model in the largest format (Pro, NVFP4) has 285,660 tensors in all.
 MAX_TENSORS = 300_000

@@ -17,6 +17,7 @@ from dsv4.loader.names import stacked_experts, to_official
 from dsv4.loader.problems import limited
 
 _PLAIN_FLOATS = ("BF16", "F32")
+_INPUT_SCALE = ".input_scale"
 _WRONG_MODEL = "config.json and the shards are of different models, or a shard is; download again"
 
 
@@ -52,8 +53,9 @@ def match_tensors(
 
     dialect  whose names to expect, "official" or "transformers"; None: decide by the names
 
-    MTP blocks that transformers
-    dropped are taken out of the returned config; DSpark stages are skipped. Both leave a notice.
+    MTP blocks that transformers dropped are taken out of the returned config; DSpark stages are
+    skipped. Both leave a notice. The activation scales of an NVFP4 file are there for all of its
+    matrices or for none.
     Problem kinds: "missing", "unexpected", "duplicate", "dtype", "shape".
     """
     _check_count(config)
@@ -63,6 +65,8 @@ def match_tensors(
     expected = tensor_specs(config)
     if config.expert_format == "nvfp4":
         expected = dict(_follow_stored_mtp_format(expected, kept))
+        if not any(name.endswith(_INPUT_SCALE) for name in kept):
+            expected = {n: s for n, s in expected.items() if not n.endswith(_INPUT_SCALE)}
     named, unexpected, problems = _official_names(config, kept, expected, dialect)
     problems += limited(_unexpected(t, config) for t in unexpected)
     problems += limited(_missing(s, stored) for name, s in expected.items() if name not in named)
@@ -73,7 +77,7 @@ def match_tensors(
 
 
 def detect_dialect(names: Iterable[str]) -> str:
-    """ "official" or "transformers": whose names most of the tensors have."""
+    """Whose names most of the tensors have: "official" or "transformers"."""
     num_prefixed = num = 0
     for name in names:
         num += 1
@@ -184,7 +188,7 @@ def _compare(
         detail = f"expected dtype {' or '.join(legal)}, got {stored.dtype}"
         problems.append(_problem("dtype", stored, detail, _WRONG_MODEL))
     shape = _whole_shape(spec, config, stored, count)
-    if stored.shape != shape:
+    if stored.shape != shape and not (shape == () and stored.shape == (1,)):
         detail = f"expected shape {list(shape)}, got {list(stored.shape)}"
         problems.append(_problem("shape", stored, detail, _WRONG_MODEL))
     if problems:

@@ -1,4 +1,4 @@
-"""Helpers for problem lists: printable text, bounded length."""
+"""Problem lists of bounded length."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from itertools import islice
 from dsv4.core.errors import CheckpointProblem
 
 _MAX_PROBLEMS = 1000
-
-
-def printable(text: object, limit: int = 120) -> str:
-    """`text` for an error message: ASCII without control characters, cut to `limit`."""
-    escaped = str(text).encode("unicode_escape").decode("ascii")
-    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
 
 
 def limited(problems: Iterable[CheckpointProblem]) -> list[CheckpointProblem]:

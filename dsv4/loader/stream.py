@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv4.core.errors import CapacityError, CheckpointError
 from dsv4.core.formats import DTYPES
-from dsv4.loader.folder import CHANGED_FIX, Opener, open_file, read_exactly
+from dsv4.core.safe_files import CHANGED_FIX, Opener, open_file, read_exactly
 from dsv4.loader.header import Shard
 from dsv4.loader.match import Source
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,15 +15,15 @@ from torch import Tensor
 
 from dsv4.core.config import ModelConfig
 from dsv4.core.config_dialects import parse_config, to_official
-from dsv4.core.errors import CheckpointError, ConfigError
+from dsv4.core.errors import CheckpointError, ConfigError, printable
 from dsv4.core.formats import DTYPE_NAMES, NVFP4, BlockScaledTensor
 from dsv4.core.inventory import tensor_specs
 from dsv4.loader.folder import CONFIG_FILE, INDEX_FILE
 from dsv4.loader.header import ITEM_BYTES, StoredTensor
 from dsv4.loader.match import match_tensors
-from dsv4.loader.problems import printable
 
 Weight = Tensor | BlockScaledTensor
+Buffer = bytes | bytearray | memoryview
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -42,7 +44,8 @@ def write_checkpoint(
              is written in inventory order; (name, weight) pairs in theirs, one shard in memory
     max_shard_bytes  tensor bytes of one shard; a parameter larger than that has its own
 
-    Everything goes to temporary names first, then is renamed, config and index last. Raises
+    Everything goes to a temporary folder inside first, then is renamed, config last; files of an
+    old checkpoint are removed after that. No link in the folder is ever written through. Raises
     CheckpointError "exists" if the folder holds a checkpoint and overwrite is False, "write" when
     the disk refuses, and the kinds of `match_tensors` when the weights are not those of `config`;
     ConfigError when config.json cannot express `config`.
@@ -57,34 +60,45 @@ def write_checkpoint(
     if old and not overwrite:
         detail = f"{printable(target)} already holds {old[0]}"
         raise CheckpointError("exists", "", "", detail, "choose an empty folder, or overwrite it")
-    temporary: list[Path] = []
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _write_all(target, config, raw, weights, max_shard_bytes, generation_config, old, temporary)
+        with TemporaryDirectory(prefix=".writing-", dir=target, ignore_cleanup_errors=True) as work:
+            final = _write_all(Path(work), config, raw, weights, max_shard_bytes, generation_config)
+            _replace(target, Path(work), final, old)
     except OSError as error:
         detail = printable(error.strerror or error)
         raise CheckpointError("write", "", "", detail, "free some disk space") from None
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+
+
+def write_new_file(path: Path, chunks: Iterable[Buffer]) -> None:
+    """Write a file that must not exist yet; a link at `path` is an error and is not followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666), "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+
+
+def write_file(folder: Path, name: str, data: Buffer) -> None:
+    """Put `data` at `folder`/`name`, at once and in place of whatever is there, links included."""
+    with TemporaryDirectory(prefix=".writing-", dir=folder, ignore_cleanup_errors=True) as work:
+        write_new_file(Path(work) / name, [data])
+        os.replace(Path(work) / name, folder / name)
 
 
 def _write_all(
-    target: Path,
+    work: Path,
     config: ModelConfig,
     raw: dict[str, Any],
     weights: Iterable[tuple[str, Weight]],
     max_shard_bytes: int,
     generation_config: Mapping[str, Any] | None,
-    old: list[str],
-    temporary: list[Path],
-) -> None:
-    """Write every file to a name in `temporary`, check the whole, rename."""
+) -> dict[str, str]:
+    """Write every file to the folder `work` and check the whole: names there -> final names."""
     stored: dict[str, StoredTensor] = {}
+    shards: list[str] = []
     for number, tensors in enumerate(_shards(weights, max_shard_bytes)):
-        path = target / f".shard-{number}.part"
-        temporary.append(path)
-        for tensor in _write_shard(path, tensors):
+        shards.append(f"shard-{number}")
+        for tensor in _write_shard(work / shards[-1], tensors):
             if tensor.name in stored:
                 fix = "give every parameter once"
                 raise CheckpointError("duplicate", "", tensor.name, "given twice", fix)
@@ -92,27 +106,33 @@ def _write_all(
     problems = match_tensors(config, stored, dialect="official").problems
     if problems:
         raise CheckpointError.of(problems)
-    parts = list(temporary)
     final = {
-        p.name: f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i, p in enumerate(parts, 1)
+        name: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, name in enumerate(shards, 1)
     }
     index = {
         "metadata": {"total_size": sum(t.end - t.start for t in stored.values())},
         "weight_map": {name: final[t.file] for name, t in sorted(stored.items())},
     }
-    texts = {CONFIG_FILE: raw, INDEX_FILE: index}
+    texts = {INDEX_FILE: index, CONFIG_FILE: raw}
     if generation_config is not None:
-        texts[GENERATION_CONFIG_FILE] = dict(generation_config)
+        texts = {GENERATION_CONFIG_FILE: dict(generation_config), **texts}
     for name, value in texts.items():
-        path = target / f".{name}.part"
-        temporary.append(path)
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        final[path.name] = name
-    # An index without its shards, or the other way round, must never look complete.
-    for name in old:
+        text = json.dumps(value, indent=2) + "\n"
+        write_new_file(work / name, [text.encode()])
+        final[name] = name
+    return final
+
+
+def _replace(target: Path, work: Path, final: Mapping[str, str], old: list[str]) -> None:
+    """Move the files of `work` into place, then remove those of the old checkpoint.
+
+    config.json goes first and comes last: a folder in which old and new are mixed has none.
+    """
+    (target / CONFIG_FILE).unlink(missing_ok=True)
+    for name, final_name in final.items():
+        os.replace(work / name, target / final_name)
+    for name in set(old) - set(final.values()):
         (target / name).unlink()
-    for path in sorted(temporary, key=lambda p: p.name.endswith(f"{INDEX_FILE}.part")):
-        path.rename(target / final[path.name])
 
 
 def _config_json(config: ModelConfig) -> dict[str, Any]:
@@ -192,9 +212,11 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> list[StoredTensor]:
         stored.append(StoredTensor(name, dtype, shape, path.name, start, end))
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % max(ITEM_BYTES.values()))
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, x in order:
-            flat = x.detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+    write_new_file(path, chain([len(text).to_bytes(8, "little") + text], _payloads(order)))
     return stored
+
+
+def _payloads(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Buffer]:
+    for _, x in tensors:
+        flat = x.detach().cpu().contiguous().reshape(-1)
+        yield memoryview(flat.view(torch.uint8).numpy())

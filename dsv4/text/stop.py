@@ -13,11 +13,10 @@ from dsv4.text.tokenizer import Tokenizer
 class StopChecker:
     """Finds the first stop string in a stream of text and holds back what may become one.
 
-    `stop_ids` are carried for OutputStream, which sees the ids. `push(text)` returns the text that
-    is certain. After a match `matched` is the stop string, and
+    `push(text)` returns the text that is certain. After a match `matched` is the stop string, and
     neither it nor anything behind it was returned. The stop string that is complete first wins; of
     those complete at the same character, the longest. The result does not depend on how the text
-    was cut into pieces.
+    was cut into pieces. `stop_ids` are only carried along: OutputStream sees the ids.
     """
 
     def __init__(self, stop_strings: Iterable[str] = (), stop_ids: Iterable[int] = ()) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.core.errors import CheckpointError, RequestError
+from dsv4.core.safe_files import open_folder, read_json
 from dsv4.text.special import BOS, EOS
 
 FILE = "tokenizer.json"
-MAX_FILE_BYTES = 256 << 20
+MAX_FILE_BYTES = 64 << 20  # the released file has 7.8 MB
 UNKNOWN = "\ufffd".encode()
 
 
@@ -43,21 +44,11 @@ class Tokenizer:
 
     @classmethod
     def open(cls, folder: str | Path) -> Tokenizer:
-        """Read `folder`/tokenizer.json. Raises CheckpointError when it is missing or broken."""
-        path = Path(folder) / FILE
-        try:
-            size = path.stat().st_size
-            if size > MAX_FILE_BYTES:
-                raise _broken(FILE, f"at most {MAX_FILE_BYTES:,} bytes", f"{size:,}")
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise CheckpointError(
-                "missing", FILE, detail=f"cannot be read: {e.strerror or e}",
-                fix="copy tokenizer.json of the model into the folder",
-            ) from e  # fmt: skip
-        except (ValueError, RecursionError) as e:
-            raise _broken(FILE, "a JSON object in UTF-8", str(e)[:200]) from e
-        return cls(raw)
+        """Read `folder`/tokenizer.json, which must be a plain file of that folder.
+
+        Raises CheckpointError when it is missing, broken or not such a file.
+        """
+        return cls(read_json(open_folder(folder), FILE, MAX_FILE_BYTES))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Control tokens spelled in `text` stay text; nothing is added."""

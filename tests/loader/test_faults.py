@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv4.core.errors import CheckpointError
+from dsv4.core.safe_files import open_regular
+from dsv4.core.strict_json import parse_json
 from dsv4.loader import Checkpoint, write_checkpoint
-from dsv4.loader.folder import open_regular
 from dsv4.loader.header import parse_header
-from dsv4.loader.strict_json import parse_json
 from dsv4.testing.tiny import random_weights, tiny_config
 from support.checkpoints import assert_same_weights
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dsv4.core.errors import CheckpointError
+from dsv4.core.safe_files import open_regular
 from dsv4.loader import Checkpoint
-from dsv4.loader.folder import open_regular
 from dsv4.testing.mutate import poke, shard_path
 from support.checkpoints import assert_same_weights, weights_of
 

@@ -6,8 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from dsv4.core.errors import CheckpointError
-from dsv4.loader.problems import printable
+from dsv4.core.errors import CheckpointError, printable
 
 _FIX = "fetch this file again"
 
