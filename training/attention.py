@@ -23,11 +23,14 @@ class Switches:
     sparse         CSA sees the indexer's top-k entries only; otherwise all visible ones
     indexer_loss   compute the KL loss that trains the indexer
     round_cache    straight-through rounding of keys to FP8 and indexer vectors to MXFP4
+    without_csa, without_hca  [B] rows that see no entries in layers of that kind
     """
 
     sparse: bool = True
     indexer_loss: bool = False
     round_cache: bool = False
+    without_csa: Tensor | None = None
+    without_hca: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,8 @@ class Attention(nn.Module):
             entries = entries.to(q.dtype)
             dense = torch.einsum("bthc,bsc->bths", q, entries).float() * scale
             dense = dense.masked_fill(tables.hidden[self.kind][:, None], float("-inf"))
+        if self.kind is LayerKind.HCA and switches.without_hca is not None:
+            dense = dense.masked_fill(switches.without_hca[:, None, None, None], float("-inf"))
         if self.kind is LayerKind.CSA:
             dense, loss = self._select(x, latent, local, dense, sink, tables, switches)
         p = torch.cat((local, dense, sink), -1).softmax(-1).to(q.dtype)
@@ -234,6 +239,8 @@ class Attention(nn.Module):
         """Entry logits reduced to the indexer's top-k, and the indexer's loss."""
         hidden = tables.hidden[LayerKind.CSA]
         loss = x.new_zeros(())
+        if switches.without_csa is not None:
+            dense = dense.masked_fill(switches.without_csa[:, None, None, None], float("-inf"))
         scores = self.indexer(x.detach(), latent.detach(), tables, switches.round_cache)
         if switches.indexer_loss:
             with torch.no_grad():

@@ -6,6 +6,8 @@ equals greedy decoding and is a little stricter than the gate, which accepts oth
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,13 @@ class LookupTokens:
             guesses = [model(x[:, :-1], switches)[0].argmax(-1) for x in ids.split(size)]
             right, marked = torch.cat(guesses) == ids[:, 1:], marks[:, 1:]
             if kind == "tally":
+                every = torch.ones(size, dtype=torch.bool, device=ids.device)
+                guesses = [
+                    model(x[:, :-1], replace(switches, without_hca=every[: len(x)]))[0].argmax(-1)
+                    for x in ids.split(size)
+                ]
+                right_blind = torch.cat(guesses) == ids[:, 1:]
+                out["tally, HCA empty"] = float(right_blind[marked == TALLY].float().mean())
                 out[kind] = float(right[marked == TALLY].float().mean())
                 continue
             for low, high in BANDS:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from dsv4.core.config import ModelConfig
 from dsv4.loader.checkpoint import Checkpoint
 from dsv4.loader.writer import write_checkpoint
-from training.checkpoint import official_weights
+from training.checkpoint import load_weights, official_weights
 from training.model import TrainingModel
 from training.paths import NANO
 
@@ -26,11 +24,11 @@ GENERATION = {
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, required=True, help="state dict of training.train")
+    parser.add_argument("--weights", type=Path, required=True, help="model.pt or folder of pieces")
     parser.add_argument("--out", type=Path, default=NANO)
     args = parser.parse_args()
     model = TrainingModel(ModelConfig.nano())
-    model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
+    model.load_state_dict(load_weights(args.weights))
     write_checkpoint(
         args.out, model.config, official_weights(model), MAX_SHARD_BYTES,
         generation_config=GENERATION, overwrite=True,

@@ -1,7 +1,8 @@
 """Rows that teach counting: which word of a pair occurs more often in the whole context.
 
-A row is a shuffle of the words of six pairs. Each stretch of it leans its own way, so the last
-window or a few entries tell little: only an average over everything does, which is what HCA is for.
+A row is a shuffle of the words of six pairs. An old part and a recent part of it lean
+independently, and each stretch strays from that, so the recent tokens tell nothing about the
+whole: only an average over everything does, which is what HCA is for.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ PAIRS = (
     ("up", "down"), ("left", "right"), ("red", "blue"), ("cat", "dog"), ("old", "new"),
     ("north", "south"),
 )  # fmt: skip
-LEANS = (0.35, 0.65)  # share of the first word in a whole row, on average
-STRETCH_LEAN = 0.25  # how far the share of a stretch strays from that
+OLD_LEANS, RECENT_LEANS = (0.1, 0.3), (0.0, 0.3)  # how far from equal shares a part is
+RECENT_SHARE = (0.1, 0.45)  # of the row
+STRETCH_LEAN = 0.2  # how far the share of a stretch strays from its part
 TALLY = -1
 
 
@@ -35,14 +37,18 @@ class TallyWriter:
         self.between, self.end = encode(" or"), encode("?")
 
     def words(self, rng: Generator, length: int) -> np.ndarray:
-        """[length] words of all pairs, with a lean for each pair and each stretch."""
+        """[length] words of all pairs, with a lean for each pair, part and stretch."""
         n = len(self.pairs)
         pair = rng.integers(0, n, length)
         share = np.empty((length, n))
-        lean, at = rng.choice(LEANS, n), 0
+        leans = [
+            0.5 + rng.uniform(*r, n) * rng.choice((-1, 1), n) for r in (OLD_LEANS, RECENT_LEANS)
+        ]
+        boundary, at = length * (1 - rng.uniform(*RECENT_SHARE)), 0
         while at < length:
             end = at + int(rng.integers(24, 200))
-            share[at:end] = (lean + rng.uniform(-STRETCH_LEAN, STRETCH_LEAN, n)).clip(0.02, 0.98)
+            stray = rng.uniform(-STRETCH_LEAN, STRETCH_LEAN, n)
+            share[at:end] = (leans[int(at > boundary)] + stray).clip(0.02, 0.98)
             at = end
         second = rng.random(length) > share[np.arange(length), pair]
         return self.pairs[pair, second.astype(int)]

@@ -56,6 +56,8 @@ class Stage:
     sparse_from      share of the stage after which CSA sees the indexer's top-k only
     indexer_from     share of the stage after which the indexer is trained
     rounded_from     share of the stage after which weights and keys are rounded as in the file
+    tally_without    shares of the tally rows in which CSA layers see no entries, so that HCA must
+                     count, and in which HCA layers see none and the answer is an even guess
     decay            share of the stage, at its end, over which the learning rate falls
     """
 
@@ -72,13 +74,14 @@ class Stage:
     sparse_from: float = 0.0
     indexer_from: float = 0.0
     rounded_from: float = 0.85
+    tally_without: tuple[float, float] = (0.6, 0.25)
     decay: float = 0.3
 
 
 NEAR = {"text": 0.42, "direct": 0.24, "shifted": 0.08, "sentence": 0.1, "digits": 0.04,
         "tally": 0.12}  # fmt: skip
-FAR = {"text": 0.36, "direct": 0.2, "shifted": 0.07, "sentence": 0.17, "digits": 0.05,
-       "tally": 0.15}  # fmt: skip
+FAR = {"text": 0.35, "direct": 0.18, "shifted": 0.06, "sentence": 0.12, "digits": 0.05,
+       "tally": 0.24}  # fmt: skip
 
 STAGES = {
     "smoke": Stage({128: 0.5, 256: 0.5}, 512, 6, dict.fromkeys(NEAR, 1 / 6), sparse_from=0.3,
@@ -88,8 +91,8 @@ STAGES = {
                   decay=0.0),
     "middle": Stage({2048: 1.0}, 1 << 16, 1000, FAR, rounded_from=1.0, decay=0.0, muon_lr=0.008,
                     adamw_lr=1.6e-3, bias_speed=0.003),
-    "far": Stage({4096: 0.9, 8192: 0.1}, 1 << 15, 2000, FAR, rounded_from=0.6, decay=0.5,
-                 muon_lr=0.006, adamw_lr=1.2e-3, bias_speed=0.001),
+    "far": Stage({2048: 0.3, 4096: 0.6, 8192: 0.1}, 1 << 15, 2000, FAR, rounded_from=0.7,
+                 decay=0.45, muon_lr=0.006, adamw_lr=1.2e-3, bias_speed=0.001),
 }  # fmt: skip
 
 
@@ -163,6 +166,11 @@ class Trainer:
     def loss(self, switches: Switches) -> tuple[Tensor, dict[str, Tensor], Losses]:
         """Total loss, its parts to log, and the auxiliary losses."""
         ids, marks = (x.to(self.device, non_blocking=True) for x in next(self.steps))
+        is_tally = (marks == TALLY).any(1)
+        draw = torch.rand(len(ids), device=self.device)
+        no_csa, no_hca = self.stage.tally_without
+        blind = is_tally & (draw >= no_csa) & (draw < no_csa + no_hca)
+        switches = replace(switches, without_csa=is_tally & (draw < no_csa), without_hca=blind)
         with self.autocast():
             hidden, extra = self.model.hidden(ids[:, :-1], switches)
             logits = self.model.head(hidden)
@@ -172,12 +180,16 @@ class Trainer:
         marks = marks.flatten()
         plain = torch.where(is_text, PLAIN_WEIGHT, FILLER_WEIGHT)
         weight = torch.where(marks == 0, plain, (marks == 1).float())
-        found, counted = _mean_where(ce, marks > 1), _mean_where(ce, marks == TALLY)
-        total = (ce * weight).sum() / weight.sum() + found + TALLY_WEIGHT * counted
+        unseen = (blind[:, None] & (marks == TALLY).view(len(ids), -1)).flatten()
+        found = _mean_where(ce, marks > 1)
+        counted = _mean_where(ce, (marks == TALLY) & ~unseen)
+        guessed = even_guess_loss(logits.flatten(0, 1), ids, unseen)
+        total = (ce * weight).sum() / weight.sum() + found + TALLY_WEIGHT * (counted + guessed)
         total = total + extra.indexer + BALANCE_WEIGHT * extra.balance
         parts = {
             "loss": _mean_where(ce, is_text), "answers": _mean_where(ce, marks == 1),
             "needles": found, "tally_loss": counted,
+            "even_guess": guessed,
         }  # fmt: skip
         return total, {k: v.detach() for k, v in parts.items()}, extra
 
@@ -201,7 +213,7 @@ class Trainer:
 
         The facts gates; and for stages that teach looking back, needles by form and distance.
         """
-        length = max(self.stage.lengths) if self.is_gpu else min(self.stage.lengths)
+        length = min(4096, max(self.stage.lengths)) if self.is_gpu else min(self.stage.lengths)
         if length not in self.lookups and len(self.stage.kinds) > 1:
             rows = evaluation_rows(self.maker, length, 24 if self.is_gpu else 1, seed=99)
             self.lookups[length] = LookupTokens(rows, self.device)
@@ -245,6 +257,19 @@ class Trainer:
             "stage": self.args.stage,
         }  # fmt: skip
         torch.save(state, self.args.out / "checkpoint.pt")
+
+
+def even_guess_loss(logits: Tensor, ids: Tensor, unseen: Tensor) -> Tensor:
+    """Cross entropy with an even guess between the two words of a tally question.
+
+    logits [B T, V], ids [B, T + 1], unseen [B T] True where the answer cannot be known. The words
+    stand four and two places before the answer: " up or down?".
+    """
+    place = torch.arange(ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
+    log_p = logits[unseen].float().log_softmax(-1)
+    words = [ids.gather(1, (place + 1 - back).clamp_min(0)).flatten()[unseen] for back in (4, 2)]
+    both = [log_p.gather(1, word[:, None]).sum() for word in words]
+    return -(both[0] + both[1]) / (2 * unseen.sum().clamp_min(1))
 
 
 def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.model import add_runtime_arguments, check_prompt, context_limit, load_model
 from dsv4.cli.prompt import add_sampling_arguments, sampling_params
-from dsv4.cli.terminal import Terminal, gib
+from dsv4.cli.terminal import AnswerView, Terminal, gib
 from dsv4.core.errors import RequestError
-from dsv4.text.chat import THINKING, Message, encode_chat
+from dsv4.text.chat import THINKING, THINKING_HELP, Message, encode_chat
+from dsv4.text.terminal import to_json
 
 if TYPE_CHECKING:
     from dsv4.cli.session import Session
@@ -34,7 +34,8 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     add_runtime_arguments(parser, defaults)
     add_sampling_arguments(parser, max_tokens=512)
     parser.add_argument("--think", choices=THINKING, default="off",
-                        help="how much to reason first (default off)")  # fmt: skip
+                        help=f"how much to reason first (default off), {THINKING_HELP}"
+                        )  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--keep-control-chars", action="store_true",
                         help="print escape sequences of the model as they are")  # fmt: skip
@@ -90,7 +91,7 @@ class Chat:
             self.answer(Path(rest).read_text("utf-8"))
         elif word == "/save":
             conversation = {"schema": SCHEMA, "messages": [asdict(m) for m in self.messages]}
-            Path(rest).write_text(json.dumps(conversation, ensure_ascii=False, indent=2), "utf-8")
+            Path(rest).write_text(to_json(conversation, indent=2), "utf-8")
             self.terminal.note(f"saved to {rest}")
         elif word == "/stats":
             from dsv4.cli.session import peak_bytes
@@ -105,27 +106,17 @@ class Chat:
         session = self.session
         ids = encode_chat(session.tokenizer, turns, self.thinking)
         check_prompt(ids, self.limit)
-        joined = {"reasoning": "", "text": ""}
+        view = AnswerView(self.terminal)
         with session.interrupt.watch():
             for step in session.generate(ids, self.params, self.limit, self.thinking != "off"):
-                self._show(step.pieces, joined)
-        self._show(session.answer.close("interrupted"), joined)
+                view.show(step.pieces)
+        view.show(session.answer.close("interrupted"))
         self.terminal.data("")
         finish = session.answer.finish
         if finish is not None and finish.reason != "stop":
             self.terminal.note(f"[{finish.reason}]")
-        answer = Message("assistant", joined["text"], joined["reasoning"])
+        answer = Message("assistant", view.text, view.reasoning)
         self.messages = [*turns, answer]
-
-    def _show(self, pieces: list[tuple[str, str]], joined: dict[str, str]) -> None:
-        for kind, text in pieces:
-            if kind == "reasoning":
-                self.terminal.reasoning(text)
-            else:
-                if joined["reasoning"] and not joined["text"]:
-                    self.terminal.reasoning("\n")
-                self.terminal.data(text, end="")
-            joined[kind] += text
 
 
 def _read_line() -> str | None:

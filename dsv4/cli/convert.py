@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from dsv4.cli.model import model_folder
+from dsv4.cli.model import generation_config, model_folder
 from dsv4.cli.terminal import Terminal
 from dsv4.core.errors import RequestError
+from dsv4.core.safe_files import has_file, open_folder, read_small_file
+from dsv4.text.tokenizer import MAX_FILE_BYTES
 
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
@@ -28,6 +29,7 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
 def run(args: Namespace, terminal: Terminal) -> int:
     """Exit code 0."""
     from dsv4.loader.convert import dequantize_checkpoint, slice_checkpoint
+    from dsv4.loader.writer import write_file
     from dsv4.reference.quant import dequantize
 
     has_counts = args.layers is not None or args.experts is not None
@@ -38,17 +40,24 @@ def run(args: Namespace, terminal: Terminal) -> int:
     for name, value in (("layers", args.layers), ("experts", args.experts)):
         if value is not None and value < 1:
             raise RequestError(name, "1 or more", value)
-    source = model_folder(args.model)
+    source = open_folder(model_folder(args.model))
+    texts = {
+        name: read_small_file(source, name, MAX_FILE_BYTES)
+        for name in TEXT_FILES
+        if has_file(source, name)
+    }
+    generation = generation_config(source)
     if args.to == "bf16":
-        config = dequantize_checkpoint(source, args.out, dequantize, overwrite=args.overwrite)
+        config = dequantize_checkpoint(
+            source, args.out, dequantize, generation_config=generation, overwrite=args.overwrite
+        )
     else:
         config = slice_checkpoint(
             source, args.out, num_layers=args.layers, num_experts=args.experts,
-            overwrite=args.overwrite,
+            generation_config=generation, overwrite=args.overwrite,
         )  # fmt: skip
-    for name in TEXT_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, Path(args.out) / name)
+    for name, data in texts.items():
+        write_file(Path(args.out), name, data)
     terminal.note(f"{config.num_hidden_layers} layers, {config.n_routed_experts} experts, "
                   f"{config.expert_format} experts, in {args.out}")  # fmt: skip
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -24,7 +23,8 @@ from dsv4.cli.prompt import (
     render_prompt,
     sampling_params,
 )
-from dsv4.cli.terminal import Terminal, gib
+from dsv4.cli.terminal import AnswerView, Terminal, gib
+from dsv4.text.terminal import to_json
 
 if TYPE_CHECKING:
     from dsv4.cli.session import Session, Step
@@ -56,7 +56,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
     params = sampling_params(args)
     text = prompt_text(args)
     prompt = render_prompt(args, text)
-    config = model_config(args.model)
+    config = model_config(args.model, terminal if args.print_prompt else None)
     limit = context_limit(args, config)
     ids = prompt.encode(open_tokenizer(args.model, config))
     check_prompt(ids, limit)
@@ -67,7 +67,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
 
     session = Session(loaded.runner, loaded.tokenizer, loaded.stop_ids)
     thinking = args.think not in (None, "off")
-    out_ids, joined = [], {"reasoning": "", "text": ""}
+    out_ids, view = [], AnswerView(terminal, silent=args.json)
     with ExitStack() as stack:
         file = None
         if args.logprobs:
@@ -76,33 +76,18 @@ def run(args: Namespace, terminal: Terminal) -> int:
         steps = session.generate(ids, params, limit, thinking, NUM_LOGPROBS if file else 0)
         for step in steps:
             out_ids.append(step.token_id)
-            _show(step.pieces, joined, args, terminal)
+            view.show(step.pieces)
             if file:
                 _write_logprobs(file, loaded, len(ids) + len(out_ids) - 1, step)
-    _show(session.answer.close("interrupted"), joined, args, terminal)
+    view.show(session.answer.close("interrupted"))
     peak = peak_bytes()
     if args.json:
-        terminal.json(_report(args, session, loaded, ids, out_ids, joined, peak))
+        terminal.json(_report(args, session, loaded, ids, out_ids, view, peak))
     else:
         terminal.data("")
     terminal.note(f"load {loaded.load_s:.2f} s | {session.stats.line()} | peak {gib(peak)} | "
                   f"tier {args.tier} {args.dtype}")  # fmt: skip
-    return _verdict(args, terminal, session, text, joined["text"])
-
-
-def _show(
-    pieces: list[tuple[str, str]], joined: dict[str, str], args: Namespace, terminal: Terminal
-) -> None:
-    for kind, text in pieces:
-        if kind == "text" and not joined["text"] and joined["reasoning"] and not args.json:
-            terminal.reasoning("\n")
-        joined[kind] += text
-        if args.json:
-            continue
-        if kind == "text":
-            terminal.data(text, end="")
-        else:
-            terminal.reasoning(text)
+    return _verdict(args, terminal, session, text, view.text)
 
 
 def _verdict(
@@ -137,7 +122,7 @@ def _write_logprobs(file: IO[str], loaded: Loaded, position: int, step: Step) ->
         "text": loaded.tokenizer.decode([step.token_id]), "logprob": _finite(step.logprob),
         "top": [[i, _finite(v)] for i, v in step.top],
     }  # fmt: skip
-    print(json.dumps(row, ensure_ascii=False, allow_nan=False), file=file, flush=True)
+    print(to_json(row), file=file, flush=True)
 
 
 def _finite(logprob: float | None) -> float | None:
@@ -147,14 +132,14 @@ def _finite(logprob: float | None) -> float | None:
 
 def _report(
     args: Namespace, session: Session, loaded: Loaded, prompt: list[int], ids: list[int],
-    joined: dict[str, str], peak: int,
+    view: AnswerView, peak: int,
 ) -> dict[str, Any]:  # fmt: skip
     finish = session.answer.finish
     assert finish is not None  # close() has seen to it
     return {
         "schema": SCHEMA, "model": loaded.name, "tier": args.tier, "dtype": args.dtype,
-        "prompt_ids": prompt, "ids": ids, "text": joined["text"],
-        "reasoning": joined["reasoning"], "finish_reason": finish.reason,
+        "prompt_ids": prompt, "ids": ids, "text": view.text,
+        "reasoning": view.reasoning, "finish_reason": finish.reason,
         "matched_stop": finish.matched,
         "stats": {"load_s": loaded.load_s, **asdict(session.stats), "peak_bytes": peak},
     }  # fmt: skip

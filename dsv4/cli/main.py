@@ -18,6 +18,7 @@ from dsv4.core.errors import (
     CapacityError,
     CheckpointError,
     ConfigError,
+    DeviceUnavailable,
     Dsv4Error,
     KernelUnavailable,
 )
@@ -43,8 +44,8 @@ exit codes: 0 ok, 1 check failed, 2 usage, 3 model or checkpoint invalid, 4 hard
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs. Imports no torch."""
-    defaults = env.read()
+    """The parser of all verbs. Imports no torch. Variables without meaning are not yet refused."""
+    defaults = env.read(strict=False)
     parser = argparse.ArgumentParser(
         "dsv4", description="DeepSeek-V4 inference.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] in (["generate"], ["dump"]):
             words = expand_stdin(words)
         args = build_parser().parse_args(words)
+        env.read()  # refused only here: help and version need no variables
         return import_module(f"dsv4.cli.{args.verb}").run(args, Terminal(args.quiet))
     except SystemExit as e:  # argparse: help, version or usage
         return e.code if isinstance(e.code, int) else USAGE
@@ -93,7 +95,7 @@ def exit_code(error: Exception) -> int | None:
     """The exit code of an error; None for one that is a defect of the program."""
     if isinstance(error, (ConfigError, CheckpointError)):
         return INVALID
-    if isinstance(error, KernelUnavailable):
+    if isinstance(error, (KernelUnavailable, DeviceUnavailable)):
         return HARDWARE
     if isinstance(error, (CapacityError, MemoryError)) or _is_out_of_memory(error):
         return MEMORY

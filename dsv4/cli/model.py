@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4.cli.terminal import Terminal
-from dsv4.core.errors import CheckpointError, RequestError
+from dsv4.core.errors import CheckpointError, DeviceUnavailable, RequestError, printable
+from dsv4.core.safe_files import has_file, open_folder, read_json
 from dsv4.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dsv4.core.config import ModelConfig
@@ -22,19 +25,21 @@ if TYPE_CHECKING:
 NANO = "nano"
 DTYPES = ("float32", "bfloat16", "float64")
 MAX_JSON_BYTES = 1 << 20
+MAX_THREADS = 4096
 
 
 class Runner(Protocol):
     """A model of any tier, one sequence at a time."""
 
     config: ModelConfig
+    device: torch.device
 
     def new_cache(self) -> Any:
         """An empty cache."""
         ...
 
     def forward(self, ids: Tensor, cache: Any, last_only: bool = False) -> Tensor:
-        """Append ids [T] to the cache; logits [T, V], or [1, V] of the last."""
+        """Append ids [T], on `device`, to the cache; logits [T, V], or [1, V] of the last."""
         ...
 
 
@@ -60,6 +65,8 @@ def add_runtime_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> N
                        help="0: transformers, 1: the reference (default %(default)s)")  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, default=defaults["DSV4_DTYPE"],
                        help="of activations and weights (default %(default)s)")  # fmt: skip
+    group.add_argument("--device", type=device_name, default="cpu", metavar="cpu|cuda|cuda:N",
+                       help="tier 1: where it computes (default cpu)")  # fmt: skip
     group.add_argument("--simulate-kv-quant", choices=("on", "off"), default="off",
                        help="tier 1: round the KV cache and indexer as the official cache does "
                        "(default off)")  # fmt: skip
@@ -70,6 +77,26 @@ def add_runtime_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> N
                        "(default: the model's limit)")  # fmt: skip
     group.add_argument("--threads", type=int, default=defaults["DSV4_THREADS"], metavar="N",
                        help="CPU threads")  # fmt: skip
+
+
+def device_name(text: str) -> str:
+    """The value of --device."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,11})?", text):
+        raise ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def check_device(name: str) -> None:
+    """Raises DeviceUnavailable for a GPU that torch cannot use here."""
+    if name == "cpu":
+        return
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise DeviceUnavailable(name, "torch finds no CUDA device")
+    if int(name.partition(":")[2] or 0) >= count:
+        raise DeviceUnavailable(name, f"there are {count}, numbered from 0")
 
 
 def model_folder(name: str) -> Path:
@@ -85,23 +112,34 @@ def model_folder(name: str) -> Path:
     return Path(name)
 
 
-def model_config(name: str) -> ModelConfig:
-    """The config of MODEL, from config.json alone; `flash` and `pro` need no files."""
+def model_config(name: str, terminal: Terminal | None = None) -> ModelConfig:
+    """The config of MODEL, from config.json alone; `flash` and `pro` need no files.
+
+    terminal  where to note the keys that are not understood, for who opens no checkpoint
+    """
     from dsv4.core.config import ModelConfig
 
     if name in ("flash", "pro"):
         return ModelConfig.flash() if name == "flash" else ModelConfig.pro()
-    raw = read_json(model_folder(name), "config.json")
-    return ModelConfig.from_hf(raw)
+    from dsv4.core.config_dialects import parse_config
+
+    parsed = parse_config(read_json(open_folder(model_folder(name)), "config.json", MAX_JSON_BYTES))
+    if terminal is not None:
+        for key in parsed.unknown_keys:
+            terminal.note(f"note: config.json: key {printable(key)} not understood")
+    return parsed.config
 
 
-def read_json(folder: Path, file: str) -> Any:
-    """A small JSON file of a checkpoint folder. Raises CheckpointError."""
-    from dsv4.loader.folder import open_folder, open_regular, read_small_file
-    from dsv4.loader.strict_json import parse_json
-
-    data = read_small_file(open_folder(folder), file, MAX_JSON_BYTES, open_regular)
-    return parse_json(data, file)
+def generation_config(folder: Path) -> dict[str, Any] | None:
+    """generation_config.json of a checkpoint folder, None without one. Raises CheckpointError."""
+    real, name = open_folder(folder), "generation_config.json"
+    if not has_file(real, name):
+        return None
+    raw = read_json(real, name, MAX_JSON_BYTES)
+    if not isinstance(raw, dict):
+        detail = f"expected an object, got {printable(raw, 60)}"
+        raise CheckpointError("json", name, detail=detail, fix="correct or delete the file")
+    return raw
 
 
 def config_hash(config: ModelConfig) -> str:
@@ -128,14 +166,12 @@ def open_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
 
 def stop_ids(folder: Path, config: ModelConfig) -> frozenset[int]:
     """End of sentence, and the eos_token_id of generation_config.json: an id or a list."""
-    if not (folder / "generation_config.json").exists():
-        return frozenset((config.eos_token_id,))
-    raw = read_json(folder, "generation_config.json")
-    more: Any = raw.get("eos_token_id", []) if isinstance(raw, dict) else None
+    more: Any = (generation_config(folder) or {}).get("eos_token_id", [])
     ids: list[Any] = more if isinstance(more, list) else [more]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise CheckpointError(
-            "json", "generation_config.json", detail=f"eos_token_id: expected ids, got {more!r}",
+            "json", "generation_config.json",
+            detail=f"eos_token_id: expected ids, got {printable(more)}",
             fix="correct eos_token_id, or delete the file",
         )  # fmt: skip
     return frozenset((config.eos_token_id, *ids))
@@ -154,6 +190,7 @@ def load_model(args: Namespace, terminal: Terminal) -> Loaded:
 def load_runner(args: Namespace, terminal: Terminal) -> tuple[Runner, str]:
     """Read the weights of MODEL and build the tier; the runner and the model's name. No text."""
     _check_runtime(args)
+    check_device(args.device)
     set_threads(args.threads)
     from dsv4.loader import Checkpoint
 
@@ -171,8 +208,8 @@ def set_threads(threads: int | None) -> None:
     """Limit torch to `threads` CPU threads."""
     if threads is None:
         return
-    if threads < 1:
-        raise RequestError("threads", "1 or more", threads)
+    if not 1 <= threads <= MAX_THREADS:
+        raise RequestError("threads", f"1 to {MAX_THREADS}", threads)
     import torch
 
     torch.set_num_threads(threads)
@@ -203,6 +240,7 @@ def _check_runtime(args: Namespace) -> None:
             ("--simulate-kv-quant on", args.simulate_kv_quant == "on"),
             ("--keep-packed", args.keep_packed),
             (f"--dtype {args.dtype}", args.dtype != "float32"),
+            (f"--device {args.device}", args.device != "cpu"),
         ):
             if is_set:
                 raise RequestError("tier", f"1 for {flag}", 0, "use --tier 1")
@@ -220,7 +258,8 @@ def _build(args: Namespace, config: ModelConfig, weights: dict[str, Any]) -> Run
 
     on = args.simulate_kv_quant == "on"
     simulate = QuantSimulation.cache() if on else QuantSimulation()
-    return ReferenceModel(config, weights, getattr(torch, args.dtype), simulate, args.keep_packed)
+    dtype = getattr(torch, args.dtype)
+    return ReferenceModel(config, weights, dtype, simulate, args.keep_packed, args.device)
 
 
 def _foreign_tokenizer(detail: str) -> CheckpointError:

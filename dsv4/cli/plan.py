@@ -45,7 +45,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
     """Exit code: 0, or 1 when it does not fit."""
     from dsv4.cache.plan import MemoryPlan, plan
 
-    config = model_config(args.model)
+    config = model_config(args.model, terminal)
     memory = args.memory if args.memory is not None else _gpu_memory()
     p: MemoryPlan = plan(
         config, gpus=args.gpus, batch=args.batch, index_keys=args.index_keys,

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4.core.errors import RequestError
+from dsv4.core.config import MAX_VOCAB
+from dsv4.core.errors import RequestError, printable
+from dsv4.core.numbers import is_integer
 from dsv4.core.sampling import SamplingParams
-from dsv4.text.chat import THINKING, Message, RenderedPrompt, render_chat
+from dsv4.text.chat import THINKING, THINKING_HELP, Message, RenderedPrompt, render_chat
 from dsv4.text.special import BOS
 
 # Options whose value may be the word "-".
@@ -27,8 +29,11 @@ def add_prompt_arguments(parser: ArgumentParser) -> None:
     kind = parser.add_argument_group("what the text is")
     kind.add_argument("--raw", action="store_true", help="text to continue (the default)")
     kind.add_argument("--chat", action="store_true", help="a user's message, answered directly")
-    kind.add_argument("--think", choices=THINKING,
-                      help="a user's message; how much to reason first")  # fmt: skip
+    kind.add_argument(
+        "--think",
+        choices=THINKING,
+        help=f"a user's message; how much to reason first, {THINKING_HELP}",
+    )
     kind.add_argument("--system", metavar="TEXT", help="system message of the chat")
 
 
@@ -110,8 +115,12 @@ def read_ids(text: str) -> list[int]:
             raw = raw.get("ids") if isinstance(raw, dict) else raw
         else:
             raw = [int(x) for x in text.split(",")]
-    except ValueError as e:
-        raise RequestError("ids", "1,2,3 or @FILE with a JSON list", text, str(e)) from e
-    if not isinstance(raw, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in raw):
-        raise RequestError("ids", "a list of integers", str(raw)[:60])
+    except (ValueError, RecursionError) as e:
+        fix = printable(str(e) or "correct the list")
+        raise RequestError("ids", "1,2,3 or @FILE with a JSON list", text, fix) from e
+    if not isinstance(raw, list):
+        raise RequestError("ids", "a list of token ids", raw)
+    for token_id in raw:
+        if not is_integer(token_id) or not 0 <= token_id < MAX_VOCAB:
+            raise RequestError("ids", f"integers from 0 to {MAX_VOCAB - 1}", token_id)
     return raw

@@ -159,9 +159,10 @@ class Session:
     def _feed(self, ids: list[int]) -> Tensor:
         """Append `ids` to the cache; logits [V] after the last. A failure forgets the cache."""
         fed, self._ids = self._ids, []
-        logits = self.runner.forward(torch.tensor(ids), self._cache, last_only=True)
+        new = torch.tensor(ids, device=self.runner.device)
+        logits = self.runner.forward(new, self._cache, last_only=True)
         self._ids = [*fed, *ids]
-        return logits[-1]
+        return logits[-1].cpu()  # sampled there, so that a seed says the same on every device
 
 
 def peak_bytes() -> int:

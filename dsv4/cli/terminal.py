@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dsv4.text.terminal import strip_control
+from dsv4.text.terminal import strip_control, to_json
 
 Progress = Callable[[int, int, int, int], None]
 
@@ -31,7 +30,7 @@ class Terminal:
 
     def json(self, value: Any) -> None:
         """Print a result as JSON to stdout. NaN and infinity are refused."""
-        print(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2), flush=True)
+        print(to_json(value, indent=2), flush=True)
 
     def note(self, text: str) -> None:
         """Print something about the run to stderr, unless quiet."""
@@ -68,6 +67,33 @@ class Terminal:
                 bar.update(task, completed=done, total=total, description=text)
 
             yield update
+
+
+class AnswerView:
+    """Shows an answer while it arrives, text on stdout and reasoning on stderr, and keeps both.
+
+    silent           show nothing
+    reasoning, text  what has arrived
+    """
+
+    def __init__(self, terminal: Terminal, silent: bool = False) -> None:
+        self.reasoning = self.text = ""
+        self._terminal, self._silent = terminal, silent
+
+    def show(self, pieces: Iterable[tuple[str, str]]) -> None:
+        """Take pieces as AnswerStream gives them; a line break parts reasoning from text."""
+        for kind, piece in pieces:
+            if kind == "reasoning":
+                self.reasoning += piece
+                if not self._silent:
+                    self._terminal.reasoning(piece)
+                continue
+            is_first, self.text = not self.text, self.text + piece
+            if self._silent:
+                continue
+            if is_first and self.reasoning:
+                self._terminal.reasoning("\n")
+            self._terminal.data(piece, end="")
 
 
 def gib(num_bytes: float) -> str:

@@ -44,7 +44,7 @@ class TransformersModel:
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Tensor | BlockScaledTensor]
     ) -> None:
-        self.config = config
+        self.config, self.device = config, torch.device("cpu")
         plain = {
             name: dequantize(w) if isinstance(w, BlockScaledTensor) else w
             for name, w in weights.items()

@@ -173,8 +173,9 @@ def _read_mlp_types(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_rope_dim(raw: Mapping[str, Any]) -> dict[str, Any]:
     """qk_rope_head_dim, or the same as a share of head_dim, at up to three places."""
-    name, head_dim = "partial_rotary_factor", raw.get("head_dim")
-    rope = raw.get("rope_parameters")
+    name = "partial_rotary_factor"
+    head_dim: Any = raw.get("head_dim")
+    rope: Any = raw.get("rope_parameters")
     groups = [g for g in rope.values() if isinstance(g, Mapping)] if _is_object(rope) else []
     shares = [g[name] for g in (raw, *groups) if _has(g, name)]
     if not shares:

@@ -11,6 +11,8 @@ from typing import Any
 from dsv4.core.errors import RequestError
 
 PREFIX = "DSV4_"
+# Variables of the test suite, which reads them itself.
+_OF_TESTS = (f"{PREFIX}ORACLE_", f"{PREFIX}STRESS_")
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,14 @@ _VARIABLES = (
     ),
     Variable("DSV4_MAX_CONTEXT", None, "as --max-context, in tokens", _integer(1)),
     Variable("DSV4_THREADS", None, "as --threads: CPU threads of torch", _integer(1)),
-    Variable(
-        "DSV4_ORACLE_CONFIGS", 60, "tests: random models compared with transformers", _integer(1)
-    ),
 )  # fmt: skip
 VARIABLES = {v.name: v for v in _VARIABLES}
 
 
-def read(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+def read(environ: Mapping[str, str] | None = None, strict: bool = True) -> dict[str, Any]:
     """The value of every variable, its default where it is unset or empty.
 
-    Raises RequestError naming the variable whose text has no meaning.
+    Raises RequestError naming the variable whose text has no meaning; its default if not `strict`.
     """
     environ = os.environ if environ is None else environ
     values = {}
@@ -75,12 +74,20 @@ def read(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
         try:
             values[v.name] = v.parse(text) if text else v.default
         except ValueError as e:
-            raise RequestError(v.name, str(e), text, f"correct or unset {v.name}") from e
+            values[v.name] = v.default
+            if strict:
+                raise RequestError(v.name, str(e), text, f"correct or unset {v.name}") from e
     return values
 
 
 def unknown(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """DSV4_* names that are set but that nothing reads -> the closest known name, or ""."""
+    """DSV4_* names that are set but that nothing reads -> the closest known name, or "".
+
+    Those of the test suite are left out.
+    """
     environ = os.environ if environ is None else environ
-    names = sorted(n for n in environ if n.startswith(PREFIX) and n not in VARIABLES)
+    names = sorted(
+        n for n in environ
+        if n.startswith(PREFIX) and not n.startswith(_OF_TESTS) and n not in VARIABLES
+    )  # fmt: skip
     return {n: next(iter(get_close_matches(n, VARIABLES, 1)), "") for n in names}

@@ -92,18 +92,19 @@ def needle_context(
 def tally_context(tokenizer: TokenizerLike, length: int, seed: int, margin: float = 0.1) -> Context:
     """Words of six pairs in random order; which of each pair occurs more often?
 
-    Every stretch of 24 to 200 words leans its own way around the lean of the whole, so that the
-    window or a few entries tell little. Pairs whose counts differ by less than `margin` of their
-    sum are not asked.
+    The last quarter leans its own way, and every stretch of 24 to 200 words strays, so that the
+    recent words say nothing about the whole. Pairs whose counts differ by less than `margin` of
+    their sum are not asked.
     """
     rng = Random(f"tally {seed}")
     pairs = [[tokenizer.encode(" " + word)[0] for word in pair] for pair in PAIRS]
-    lean = [rng.choice((0.35, 0.65)) for _ in pairs]
-    ids, share, left = [tokenizer.bos_id], lean, 0
+    old, recent = ([rng.choice((0.5 - d, 0.5 + d)) for _ in pairs] for d in (0.2, 0.15))
+    ids, share, left = [tokenizer.bos_id], old, 0
     while len(ids) < length:
         if left == 0:
             left = rng.randrange(24, 200)
-            share = [min(max(x + rng.uniform(-0.25, 0.25), 0.02), 0.98) for x in lean]
+            lean = old if len(ids) < 0.75 * length else recent
+            share = [min(max(x + rng.uniform(-0.2, 0.2), 0.02), 0.98) for x in lean]
         pair = rng.randrange(len(pairs))
         ids.append(pairs[pair][rng.random() > share[pair]])
         left -= 1

@@ -18,6 +18,10 @@ from dsv4.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool", "latest_reminder")
 THINKING = ("off", "low", "high", "max")
+THINKING_HELP = (
+    "as the 2026-07-31 release encodes it: high and max each put a text of their own in front; "
+    "preview weights know the text of high as max"
+)
 
 
 @dataclass(frozen=True)

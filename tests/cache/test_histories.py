@@ -51,8 +51,10 @@ def test_gathered_pages_equal_the_contiguous_cache(page_tokens: int, first: int)
 @pytest.mark.parametrize("page_tokens", [128, 256])
 @pytest.mark.parametrize("first", range(0, KERNEL_HISTORIES // 2, CHUNK))
 def test_histories_through_the_kernels(page_tokens: int, first: int) -> None:
-    done = [live(page_tokens, seed, kernel_writes, 12) for seed in range(first, first + CHUNK)]
-    assert sum(h.compared for h in done) >= 3
+    operations = 12 if DEVICE == "cpu" else 40
+    seeds = range(first, first + CHUNK)
+    done = [live(page_tokens, seed, kernel_writes, operations) for seed in seeds]
+    assert sum(h.compared for h in done) >= 1
 
 
 @pytest.mark.parametrize("writes", [oracle_writes, kernel_writes], ids=["oracle", "kernels"])

@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 
@@ -10,6 +12,14 @@ from dsv4.testing.tokenizer import write_tokenizer
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """A test run in the background starts with SIGINT ignored, and so would its children."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 
 @pytest.fixture(autouse=True)

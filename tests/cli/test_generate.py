@@ -12,7 +12,7 @@ import torch
 from dsv4.cli.main import build_parser
 from dsv4.cli.model import load_model
 from dsv4.cli.session import Session
-from dsv4.cli.terminal import Terminal
+from dsv4.cli.terminal import AnswerView, Terminal
 from dsv4.core.errors import RequestError
 from dsv4.core.sampling import SamplingParams
 from dsv4.reference.model import ReferenceModel
@@ -73,16 +73,119 @@ def test_flags_reach_the_model(dsv4, tiny, monkeypatch):
     seen = {}
     real = ReferenceModel.__init__
 
-    def spy(self, config, weights, dtype, simulate, keep_packed):
-        seen.update(dtype=dtype, simulate=simulate, keep_packed=keep_packed)
-        real(self, config, weights, dtype, simulate, keep_packed)
+    def spy(self, config, weights, dtype, simulate, keep_packed, device):
+        seen.update(dtype=dtype, simulate=simulate, keep_packed=keep_packed, device=device)
+        real(self, config, weights, dtype, simulate, keep_packed, device)
 
     monkeypatch.setattr(ReferenceModel, "__init__", spy)
     dsv4("generate", tiny, "-p", "x", "-n", "2", "--dtype", "bfloat16", "--keep-packed",
          "--simulate-kv-quant", "on")  # fmt: skip
     assert (seen["dtype"], seen["keep_packed"]) == (torch.bfloat16, True)
+    assert seen["device"] == "cpu"
     assert seen["simulate"].kv
     assert seen["simulate"].indexer == "mxfp4"
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "dump"])
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "code"),
+    [("cuda", 0, 4), ("cuda:1", 0, 4), ("cuda:2", 2, 4), ("gpu", 0, 2), ("cuda:x", 0, 2),
+     ("cuda:-1", 0, 2), ("cpu:1", 0, 2), ("", 0, 2), ("cuda:99999999999", 2, 4)],
+)  # fmt: skip
+def test_a_device_that_is_not_there(
+    dsv4, tiny, tmp_path, monkeypatch, verb, device, num_gpus, code
+):
+    monkeypatch.setattr("dsv4.loader.Checkpoint.load", None)  # refused before the weights are read
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    flags = {"generate": ["-p", "x"], "dump": ["-p", "x", "--out", tmp_path / "x"], "chat": []}
+    got, _, err = dsv4(verb, tiny, *flags[verb], "--device", device)
+    assert got == code
+    assert device in err
+    assert code == 2 or "fix: use --device cpu" in err
+
+
+def test_tier_0_runs_on_the_cpu(dsv4, tiny):
+    code, _, err = dsv4("generate", tiny, "-p", "x", "--tier", "0", "--device", "cuda")
+    assert code == 2
+    assert "--device cuda" in err
+
+
+def test_ids_are_made_on_the_device_of_the_model_and_chosen_from_on_the_cpu(loaded, monkeypatch):
+    seen = []
+
+    class Elsewhere:
+        config, device = loaded.runner.config, torch.device("meta")
+
+        def new_cache(self):
+            return None
+
+        def forward(self, ids, cache, last_only=False):
+            seen.append((ids.device.type, ids.dtype))
+            logits = torch.zeros(1, self.config.vocab_size)
+            monkeypatch.setattr(torch.Tensor, "cpu", lambda x: seen.append("cpu") or x)
+            return logits
+
+    session = Session(Elsewhere(), loaded.tokenizer, loaded.stop_ids)
+    list(session.generate([0, 5], SamplingParams(temperature=0.0, max_tokens=1), 4096))
+    assert seen == [("meta", torch.int64), "cpu"]
+
+
+def test_json_holds_no_raw_control_character(dsv4, tiny):
+    text = "a\x9b2J\x7f\u202eGrüße"
+    code, out, _ = dsv4("generate", tiny, "-p", text, "--print-prompt", "--json")
+    assert code == 0
+    assert json.loads(out)["prompt"].endswith(text)
+    assert "Grüße" in out
+    assert not set(out) & {"\x9b", "\x7f", "\u202e"}
+
+
+def test_reasoning_and_text_are_parted_by_one_line_break(capsys):
+    view = AnswerView(Terminal())
+    for pieces in ([("reasoning", "so")], [("reasoning", " then")], [("text", "A"), ("text", "B")]):
+        view.show(pieces)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("AB", "so then\n")
+    assert (view.reasoning, view.text) == ("so then", "AB")
+    silent = AnswerView(Terminal(), silent=True)
+    silent.show([("reasoning", "so"), ("text", "A")])
+    assert (silent.reasoning, silent.text) == ("so", "A")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("verb", ["generate", "verify"])
+def test_a_tokenizer_that_is_a_pipe_or_a_link_is_refused(dsv4, tiny, tmp_path, verb):
+    import shutil
+
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+    flags = ["-p", "x"] if verb == "generate" else []
+    code, out, err = dsv4(verb, folder, *flags)
+    assert code == 3
+    assert "file_type" in out + err
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+    code, out, err = dsv4(verb, folder, *flags)
+    assert code == 3
+    assert "outside the folder" in out + err
+
+
+def test_a_generation_config_that_leads_nowhere_is_no_absent_one(dsv4, tiny, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").symlink_to("absent")
+    code, _, err = dsv4("generate", tmp_path / "m", "-p", "x", "-n", "1")
+    assert code == 3
+    assert "generation_config.json" in err
+
+
+def test_think_says_which_release_its_words_are_of(dsv4):
+    for verb in ("generate", "chat"):
+        assert "2026-07-31 release" in " ".join(dsv4(verb, "--help")[1].split())
 
 
 def test_prompt_sources(dsv4, tiny, tmp_path, monkeypatch):
@@ -198,7 +301,8 @@ def test_seed_repeats_a_sample(dsv4, tiny):
 
 @pytest.mark.parametrize(
     "flags", [["--temp", "-1"], ["--top-p", "0"], ["--min-p", "2"], ["-n", "0"], ["--seed", "-1"],
-              ["--stop", ""], ["--threads", "0"], ["--max-context", "0"]],
+              ["--stop", ""], ["--threads", "0"], ["--max-context", "0"], ["--threads", "9" * 30],
+              ["--temp", "1e400"]],
 )  # fmt: skip
 def test_bad_parameters_are_usage_errors(dsv4, tiny, flags):
     code, _, err = dsv4("generate", tiny, "-p", "x", *flags)

@@ -10,6 +10,7 @@ from dsv4.core.errors import (
     CapacityError,
     CheckpointError,
     ConfigError,
+    DeviceUnavailable,
     KernelUnavailable,
     MissingExtra,
     RequestError,
@@ -63,6 +64,7 @@ def test_usage_errors_exit_2(dsv4, argv):
         (ConfigError("f", "x", "y"), 3),
         (CheckpointError("kind", "file"), 3),
         (KernelUnavailable("no"), 4),
+        (DeviceUnavailable("cuda", "none here"), 4),
         (CapacityError("x", 2, 1), 5),
         (MemoryError(), 5),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 5),
@@ -134,6 +136,23 @@ def test_a_variable_without_meaning_is_a_usage_error(dsv4, monkeypatch):
     code, _, err = dsv4("doctor")
     assert code == 2
     assert "DSV4_TIER" in err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_needs_no_sound_variables(dsv4, monkeypatch, words):
+    monkeypatch.setenv("DSV4_TIER", "7")
+    monkeypatch.setenv("DSV4_THREADS", "many")
+    code, out, err = dsv4(*words)
+    assert (code, err) == (0, "")
+    assert "dsv4" in out
+
+
+def test_variables_of_the_tests_are_neither_read_nor_warned_about(dsv4, monkeypatch):
+    for name in ("DSV4_ORACLE_CONFIGS", "DSV4_STRESS_OPERATIONS"):
+        assert name not in env.VARIABLES
+        monkeypatch.setenv(name, "nonsense")
+    code, _, err = dsv4("plan", "flash", "--memory", "1T")
+    assert (code, err) == (0, "")
 
 
 def test_variables_set_the_defaults(monkeypatch):

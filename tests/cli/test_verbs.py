@@ -357,9 +357,13 @@ def test_dump_records_the_simulation(dsv4, tiny, tmp_path):
     "flags",
     [["--ids", "0,600"], ["--ids", "x"], ["--ids", "@absent"], ["--ids", "1", "-p", "x"], [],
      ["--ids", "1", "--taps", "nothing"], ["--ids", "1", "--chunk", "0"],
-     ["--ids", "1,2,3", "--max-context", "2"], ["-p", ""]],
+     ["--ids", "1,2,3", "--max-context", "2"], ["--ids", "9" * 23], ["--ids", "9" * 5000],
+     ["--ids", "-1"], ["--ids", "@deep"], ["--ids", "@latin1"], ["-p", ""]],
 )  # fmt: skip
-def test_dump_misuse(dsv4, tiny, tmp_path, flags):
+def test_dump_misuse(dsv4, tiny, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").write_text("[" * 100_000)
+    (tmp_path / "latin1").write_bytes(b'["\xff"]')
     out = tmp_path / "x"
     code, _, err = dsv4("dump", tiny, *flags, "--out", out)
     if flags == ["-p", ""]:  # begin of sentence alone is a prompt
@@ -408,6 +412,66 @@ def test_convert_to_a_slice_runs(dsv4, tiny, tmp_path):
 def test_convert_misuse(dsv4, tiny, tmp_path, flags):
     assert dsv4("convert", tiny, "--out", tmp_path / "x", *flags)[0] == 2
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_convert_does_not_destroy_its_source(dsv4, copy, tmp_path, link):
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    out = copy
+    if link:
+        out = tmp_path / "link"
+        out.symlink_to(copy, target_is_directory=True)
+    for flags in (["--to", "bf16"], ["--to", "slice", "--layers", "2"]):
+        code, _, err = dsv4("convert", copy, *flags, "--out", out, "--overwrite")
+        assert code == 2
+        assert "another folder than the source" in err
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+def test_convert_copies_nothing_from_outside(dsv4, copy, tmp_path, name):
+    secret, path, out = tmp_path / "secret", copy / name, tmp_path / "out"
+    secret.write_text('{"key": "value"}')
+    for target in (secret, "/dev/zero"):
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        code, _, err = dsv4("convert", copy, "--to", "bf16", "--out", out)
+        assert code == 3
+        assert f"path: {name}" in err
+        assert not out.exists()
+
+
+def test_convert_copies_the_texts_into_files_of_its_own(dsv4, copy, tmp_path):
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    (copy / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    (copy / "tokenizer_config.json").write_text('{"a": 1}')
+    out.mkdir()
+    victim.write_text("precious")
+    (out / "tokenizer.json").symlink_to(victim)
+    assert dsv4("convert", copy, "--to", "bf16", "--out", out, "--overwrite")[0] == 0
+    assert victim.read_text() == "precious"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (copy / name).read_bytes()
+    assert not (out / "tokenizer.json").is_symlink()
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [1, 7]}
+    (copy / "generation_config.json").write_text("[]")
+    assert dsv4("convert", copy, "--to", "bf16", "--out", out, "--overwrite")[0] == 3
+
+
+def test_keys_of_config_json_that_are_not_understood_are_told(dsv4, copy):
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(raw | {"vision_layers": 27, "q\x1b[2J": 1}))
+    for verb, *flags in (
+        ["inspect"], ["verify"], ["plan", "--memory", "1G"], ["generate", "-p", "x", "-n", "1"],
+        ["generate", "-p", "x", "--print-prompt"],
+    ):  # fmt: skip
+        code, _, err = dsv4(verb, copy, *flags)
+        assert code == 0
+        assert err.count("note: config.json: key vision_layers not understood") == 1, verb
+        assert r"key q\x1b[2J not understood" in err
 
 
 # chat
