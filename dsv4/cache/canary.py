@@ -3,6 +3,9 @@
 A tag is a hash of all tokens of a request up to the row's last one. Tags lie in the cache's own
 allocations, so forks, copies on write, preemption and prefixes carry them along with the bytes
 they stand for. Before a step, every row that a request is about to read must carry its tag.
+
+Whoever runs the steps calls `check` and `wrote`: tags follow the bookkeeping of slots and pages,
+not what kernels did with them.
 """
 
 from __future__ import annotations
@@ -82,6 +85,11 @@ class Canary:
                 raise CacheCorruptionError(f"{where}: token {position} is read unwritten")
             if tag != tags[position]:
                 raise CacheCorruptionError(f"{where}: token {position} is of another history")
+
+    def poison_slot(self, slot: int) -> None:
+        """Overwrite a freed slot, tags included."""
+        for view in self.storage.slot_views():
+            view[slot] = POISON
 
     def poison(self, pages: Sequence[int]) -> None:
         """Overwrite freed pages, tags included, with a byte that no valid read can overlook."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
 from dsv4.cache.snapshot import SlotCopy
+from dsv4.core.errors import RequestError
 from dsv4.core.kv_layout import PAGE_QUANTUM
 
 
@@ -27,12 +28,14 @@ class PrefixStore:
     A key is the digest of the digest before and the next 128 token ids, so that equal keys mean
     equal prefixes. The store keeps bytes and page numbers; whoever calls it counts their owners.
 
-    max_bytes  host memory for window rings and compressor states
+    max_bytes    host memory for window rings and compressor states
+    page_owners  how many snapshots hold each page
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.nbytes = max_bytes, 0
         self._entries: OrderedDict[bytes, PrefixEntry] = OrderedDict()
+        self.page_owners: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -48,7 +51,7 @@ class PrefixStore:
     def find(self, token_ids: Sequence[int]) -> PrefixEntry | None:
         """The longest snapshot of a proper prefix: at least one token is left to compute."""
         best = None
-        for length, key in _keys(token_ids):
+        for length, key in _keys(token_ids) if self._entries else ():
             if length < len(token_ids) and key in self._entries:
                 best = key
         if best is None:
@@ -64,6 +67,7 @@ class PrefixStore:
         if entry.slot.nbytes > self.max_bytes:
             return [entry]
         self._entries[_last(token_ids)] = entry
+        self.page_owners.update(entry.pages)
         self.nbytes += entry.slot.nbytes
         gone = []
         while self.nbytes > self.max_bytes:
@@ -74,6 +78,8 @@ class PrefixStore:
         """Drop the least recently used snapshot and return it."""
         _, entry = self._entries.popitem(last=False)
         self.nbytes -= entry.slot.nbytes
+        self.page_owners.subtract(entry.pages)
+        self.page_owners += Counter()  # forgets pages without an owner
         return entry
 
 
@@ -81,7 +87,10 @@ def _keys(token_ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
     """(length, digest) of every prefix of whole blocks, shortest first."""
     digest = b""
     for end in range(PAGE_QUANTUM, len(token_ids) + 1, PAGE_QUANTUM):
-        block = array("q", token_ids[end - PAGE_QUANTUM : end])
+        try:
+            block = array("q", token_ids[end - PAGE_QUANTUM : end])
+        except (TypeError, OverflowError) as e:
+            raise RequestError("token_ids", "integers below 2^63", str(e)) from e
         digest = sha256(digest + block.tobytes()).digest()
         yield end, digest
 

@@ -13,6 +13,7 @@ from dsv4.cache.canary import CacheCorruptionError
 from dsv4.cache.manager import CacheManager
 from dsv4.cache.plan import plan
 from dsv4.cache.schema import CacheSchema
+from dsv4.cache.snapshot import SlotCopy
 from dsv4.cache.step import StepRows
 from dsv4.cache.storage import CacheStorage
 from dsv4.core.config import ModelConfig
@@ -34,7 +35,16 @@ def test_random_lives(page_tokens: int) -> None:
         life = Life(small_manager(page_tokens, num_pages=1536 // page_tokens), seed)
         life.run(2500)
         done += 2500
-        for name in ("step", "fork", "preempt", "restore", "release", "keep", "step refused"):
+        for name in (
+            "step",
+            "fork",
+            "preempt",
+            "restore",
+            "release",
+            "keep",
+            "step refused",
+            "abort",
+        ):
             assert life.done[name] > 0, f"{name} never happened: {life.done}"
     print(f"{done} operations, {done / (time.perf_counter() - started):.0f} a second")
 
@@ -270,6 +280,121 @@ def test_misuse_is_refused(bad: str) -> None:
     m.check()
     with pytest.raises(RequestError, match="token_ids: expected|request: expected"):
         m.keep_prefix(r, [1, 2])
+
+
+def test_a_step_ends_once() -> None:
+    m = small_manager(page_tokens=128)
+    r = m.admit()
+    step = m.prepare([(r, 10)])
+    for refused in (
+        lambda: m.prepare([(r, 1)]), lambda: m.fork(r), lambda: m.preempt(r),
+        lambda: m.keep_prefix(r, [1] * 128),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match="expected"):
+            refused()
+    step.commit()
+    assert r.length == 10
+    for again in (step.commit, step.abort):
+        with pytest.raises(RequestError, match="step: expected one that has not ended"):
+            again()
+    assert r.length == 10
+    m.check()
+
+
+def test_an_aborted_step_gives_its_pages_back() -> None:
+    m = small_manager(page_tokens=128)
+    r = m.admit()
+    grow(m, r, 100)
+    before = (list(r.pages), m.page_table.clone(), m.allocator.num_free)
+    step = m.prepare([(r, 300)])
+    assert len(r.pages) == 4
+    step.abort()
+    assert (r.pages, m.allocator.num_free, r.length) == (before[0], before[2], 100)
+    assert torch.equal(m.page_table, before[1])
+    m.check()
+
+
+def test_a_request_released_in_a_step_is_left_out_of_it() -> None:
+    m = small_manager()
+    a, b = m.admit(), m.admit()
+    step = m.prepare([(a, 5), (b, 7)])
+    m.release(a)
+    step.commit()
+    assert (a.length, b.length) == (0, 7)
+    m.check()
+
+
+def test_bad_arguments_take_nothing() -> None:
+    m = small_manager()
+    r = m.admit()
+    free = (m.allocator.num_free, m.num_free_slots)
+    with pytest.raises(RequestError, match="num_rows: expected at least 300"):
+        m.prepare([(r, 300)], num_rows=10)
+    grow(m, r, 128)
+    m.keep_prefix(r, [1] * 128)
+    for ids in (["x"] * 200, [2**70] * 200, [1.5] * 129):
+        with pytest.raises(RequestError, match="token_ids: expected"):
+            m.admit(ids)
+    assert m.num_free_slots == free[1]
+    m.check()
+    with pytest.raises(RequestError, match="prefix_bytes: expected"):
+        CacheManager(m.storage, prefix_bytes=-1)
+
+
+@pytest.mark.parametrize("what", ["restore", "admit"])
+def test_a_failing_copy_leaves_everything_as_it_was(what: str, monkeypatch) -> None:
+    m = small_manager(page_tokens=128)
+    r = m.admit()
+    grow(m, r, 128)
+    m.keep_prefix(r, [1] * 128)
+    m.preempt(r)
+    free = (m.allocator.num_free, m.num_free_slots)
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(SlotCopy, "put", no_memory)
+    with pytest.raises(MemoryError):
+        m.restore(r) if what == "restore" else m.admit([1] * 129)
+    assert (m.allocator.num_free, m.num_free_slots) == free
+    m.check()
+    monkeypatch.undo()
+    m.restore(r)
+    m.check()
+
+
+def test_a_kept_prefix_never_stands_in_the_way_of_its_own_request() -> None:
+    m = small_manager(page_tokens=256, num_pages=2)
+    r = m.admit()
+    grow(m, r, 128)
+    assert m.keep_prefix(r, [1] * 128)
+    grow(m, r, 1)  # no page is free for a copy: the prefix goes
+    assert len(m.prefixes) == 0
+    m.check()
+
+
+def test_of_two_writers_of_a_page_one_keeps_it() -> None:
+    m = small_manager(page_tokens=128, num_pages=3)
+    a = m.admit()
+    grow(m, a, 100)
+    b = m.fork(a)
+    m.prepare([(a, 1), (b, 1)]).commit()
+    assert len({a.pages[0], b.pages[0]}) == 2
+    m.check()
+
+
+def test_the_least_recently_used_prefix_goes_first() -> None:
+    m = small_manager(page_tokens=128, num_pages=40)
+    for k in range(9):
+        r = m.admit()
+        grow(m, r, 128)
+        m.keep_prefix(r, [k] * 128)
+        m.release(r)
+        if k:
+            hit = m.admit([0] * 129)
+            assert hit.length == 128, f"prefix 0 was dropped at {k}"
+            m.release(hit)
+    assert m.admit([1] * 129).length == 0
 
 
 def test_step_rows() -> None:

@@ -23,7 +23,7 @@ def small_config() -> ModelConfig:
     return replace(
         tiny_config(),
         num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=0,
-        num_nextn_predict_layers=0, head_dim=128, qk_rope_head_dim=64, index_head_dim=64,
+        num_nextn_predict_layers=1, head_dim=128, qk_rope_head_dim=64, index_head_dim=64,
         sliding_window=16, max_position_embeddings=2048,
     )  # fmt: skip
 
@@ -91,6 +91,11 @@ class Life:
                 canary.check(r.slot, r.pages, self.tokens[r.number])
         padding = self.rng.choice([0, 0, 3])
         step = self.manager.prepare(batch, sum(n for _, n in batch) + padding)
+        if self.rng.random() < 0.15:
+            self.manager.check()
+            step.abort()
+            self.done["abort"] += 1
+            return True
         for r, n in batch:
             own = self.tokens[r.number]
             first = own[0] if own else self.rng.choice([1, 2])
