@@ -19,6 +19,9 @@ from dsv4.testing.cases import DEVICE
 from support.cache_history import History
 from support.cache_life import small_manager
 
+# Both kinds of machine run them; `make gpu` selects by mark.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
 HISTORIES = int(os.environ.get("DSV4_STRESS_HISTORIES", "100"))
 KERNEL_HISTORIES = int(os.environ.get("DSV4_STRESS_KERNEL_HISTORIES", "100"))
 CHUNK = 10

@@ -35,16 +35,8 @@ def test_random_lives(page_tokens: int) -> None:
         life = Life(small_manager(page_tokens, num_pages=1536 // page_tokens), seed)
         life.run(2500)
         done += 2500
-        for name in (
-            "step",
-            "fork",
-            "preempt",
-            "restore",
-            "release",
-            "keep",
-            "step refused",
-            "abort",
-        ):
+        names = "step", "fork", "preempt", "restore", "release", "keep", "step refused", "abort"
+        for name in names:
             assert life.done[name] > 0, f"{name} never happened: {life.done}"
     print(f"{done} operations, {done / (time.perf_counter() - started):.0f} a second")
 
