@@ -1,6 +1,7 @@
-"""Draws the curves of one training log: losses on the left, gate accuracies on the right.
+"""Draws the curves of training logs, one after the other: losses, facts gates, looking back.
 
 python -m training.plot_log training/logs/facts.jsonl      # writes facts.png beside it
+python -m training.plot_log training/logs/{near,middle,far_first,far}.jsonl --out lookback.png
 """
 
 from __future__ import annotations
@@ -10,8 +11,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-LOSSES = ("loss", "answers", "indexer_kl")
-NOT_GATES = {*LOSSES, "step", "seconds", "norm", "imbalance", "tokens_per_second", "final"}
+LOSSES = ("loss", "answers", "indexer_kl", "needles", "tally_loss")
+FACTS = ("paris", "capitals", "currencies", "continents", "chat")
+FORMS = ("direct", "shifted", "sentence", "digits", "tally", "tally, HCA empty")
+
+
+def read_logs(paths: list[Path]) -> list[dict[str, Any]]:
+    """Rows of all logs; the steps of each go on from the last of the one before."""
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        start = rows[-1]["step"] if rows else 0
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            rows.append(row | {"step": row["step"] + start})
+    return rows
 
 
 def curve(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -28,21 +41,24 @@ def main() -> None:
     from matplotlib import pyplot
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("log", type=Path)
+    parser.add_argument("logs", type=Path, nargs="+")
+    parser.add_argument("--out", help="file name beside the first log")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.log.read_text().splitlines()]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.5), dpi=110)
-    for key in LOSSES:
-        left.plot(*curve(rows, key), label=key)
-    left.set(xlabel="step", title="losses", yscale="log")
-    for key in sorted({k for row in rows for k in row} - NOT_GATES):
-        right.plot(*curve(rows, key), marker="o", markersize=3, label=key)
-    right.set(xlabel="step", title="gates during training", ylim=(-0.02, 1.02))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
+    rows = read_logs(args.logs)
+    panels = [("losses", LOSSES), ("gates during training", FACTS)]
+    if any("needles" in row for row in rows):
+        panels.append(("found, beyond 768 tokens", FORMS))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), dpi=110)
+    for ax, (title, keys) in zip(axes, panels, strict=True):
+        for key in keys:
+            if any(key in row for row in rows):
+                ax.plot(*curve(rows, key), marker="" if title == "losses" else ".", label=key)
+        ax.set(xlabel="step", title=title)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    axes[0].set_yscale("log")
     figure.tight_layout()
-    figure.savefig(args.log.with_suffix(".png"))
+    figure.savefig(args.logs[0].with_name(args.out or args.logs[0].stem + ".png"))
 
 
 if __name__ == "__main__":

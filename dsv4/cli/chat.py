@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.model import add_runtime_arguments, check_prompt, context_limit, load_model
-from dsv4.cli.prompt import add_sampling_arguments, sampling_params
+from dsv4.cli.model import (
+    add_runtime_arguments,
+    check_prompt,
+    check_stop_ids,
+    context_limit,
+    load_model,
+    model_config,
+)
+from dsv4.cli.prompt import add_sampling_arguments, not_utf8, sampling_params, utf8_stdin
 from dsv4.cli.terminal import AnswerView, Terminal, gib
 from dsv4.core.errors import RequestError
 from dsv4.text.chat import THINKING, THINKING_HELP, Message, encode_chat
@@ -19,10 +25,12 @@ if TYPE_CHECKING:
     from dsv4.cli.session import Session
 
 SCHEMA = 1
+FULL = "/new drops the history"
 HELP = """\
 /think off|low|high|max  how much to reason before an answer
 /read FILE               send the text of a file as your message
 /save FILE               write the conversation as JSON
+/new                     drop the history, keep the system message
 /stats                   speed and size of the last answer
 /help                    this text
 /quit                    leave (also end of input)
@@ -57,13 +65,15 @@ class Chat:
 
     def __init__(self, args: Namespace, terminal: Terminal) -> None:
         params = sampling_params(args)
+        check_stop_ids(args.stop_id, model_config(args.model))
         loaded = load_model(args, terminal)
         from dsv4.cli.session import Session
 
         self.terminal, self.params, self.thinking = terminal, params, args.think
         self.limit = context_limit(args, loaded.runner.config)
         self.session: Session = Session(loaded.runner, loaded.tokenizer, loaded.stop_ids)
-        self.messages = [Message("system", args.system)] if args.system is not None else []
+        self.system = [Message("system", args.system)] if args.system is not None else []
+        self.messages = self.system
 
     def handle(self, line: str) -> bool:
         """Run a command or answer a message; False to leave. Errors are told, not raised."""
@@ -75,6 +85,8 @@ class Chat:
                 self._command(word, rest.strip())
             elif line.strip():
                 self.answer(line.strip())
+        except BrokenPipeError:  # nobody reads any more
+            raise
         except (RequestError, OSError, UnicodeDecodeError) as e:
             fix = getattr(e, "fix", "")
             self.terminal.note(f"error: {e}" + (f"\nfix: {fix}" if fix else ""))
@@ -87,6 +99,12 @@ class Chat:
             if rest not in THINKING:
                 raise RequestError("/think", f"one of {', '.join(THINKING)}", rest)
             self.thinking = rest
+        elif word in ("/read", "/save") and not rest:
+            raise RequestError(word, "FILE behind it", rest, f"write: {word} FILE")
+        elif word == "/new":
+            self.messages = self.system
+            self.session.reset()
+            self.terminal.note("the history is gone")
         elif word == "/read":
             self.answer(Path(rest).read_text("utf-8"))
         elif word == "/save":
@@ -105,7 +123,10 @@ class Chat:
         turns = [*self.messages, Message("user", text)]
         session = self.session
         ids = encode_chat(session.tokenizer, turns, self.thinking)
-        check_prompt(ids, self.limit)
+        fix = f"shorten the message; {FULL}" if self.messages != self.system else (
+            "shorten the message, or raise --max-context"
+        )  # fmt: skip
+        check_prompt(ids, self.limit, fix)
         view = AnswerView(self.terminal)
         with session.interrupt.watch():
             for step in session.generate(ids, self.params, self.limit, self.thinking != "off"):
@@ -114,16 +135,18 @@ class Chat:
         self.terminal.data("")
         finish = session.answer.finish
         if finish is not None and finish.reason != "stop":
-            self.terminal.note(f"[{finish.reason}]")
+            is_full = len(ids) + session.answer.num_tokens >= self.limit
+            self.terminal.note(f"[{finish.reason}]" + (f" the context is full: {FULL}" * is_full))
         answer = Message("assistant", view.text, view.reasoning)
         self.messages = [*turns, answer]
 
 
 def _read_line() -> str | None:
-    """The next line of the user, None at the end of input."""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline() or None
+    """The next line of the user, None at the end of input. Raises RequestError unless UTF-8."""
+    stdin = utf8_stdin()
     try:
-        return input("> ")
+        return input("> ") if stdin.isatty() else stdin.readline() or None
     except EOFError:
         return None
+    except UnicodeDecodeError as e:
+        raise not_utf8("stdin", e) from e

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.cli.model import generation_config, model_folder
-from dsv4.cli.terminal import Terminal
+from dsv4.cli.terminal import Terminal, count
 from dsv4.core.errors import RequestError
 from dsv4.core.safe_files import has_file, open_folder, read_small_file
 from dsv4.text.tokenizer import MAX_FILE_BYTES
@@ -58,6 +58,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
         )  # fmt: skip
     for name, data in texts.items():
         write_file(Path(args.out), name, data)
-    terminal.note(f"{config.num_hidden_layers} layers, {config.n_routed_experts} experts, "
+    terminal.note(f"{count(config.num_hidden_layers, 'layer')}, "
+                  f"{count(config.n_routed_experts, 'expert')}, "
                   f"{config.expert_format} experts, in {args.out}")  # fmt: skip
     return 0

@@ -14,7 +14,10 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     parser.add_argument("b", metavar="B", help="dump to judge")
     parser.add_argument("--taps", default="*", metavar="GLOB[,GLOB]", help="(default all)")
     parser.add_argument("--limits", metavar="FILE", help="another table than diff/limits.toml")
-    parser.add_argument("--failures", action="store_true", help="show only what diverged")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--all", action="store_true",
+                       help="the full table even when every tap is within its limit")  # fmt: skip
+    shown.add_argument("--failures", action="store_true", help="show only what diverged")
     parser.add_argument("--require-all", action="store_true",
                         help="a tap that only one dump has is a failure")  # fmt: skip
     parser.add_argument("--json", action="store_true")
@@ -25,14 +28,16 @@ def run(args: Namespace, terminal: Terminal) -> int:
     from dsv4.diff.compare import compare_dumps
     from dsv4.diff.dump import TapDump
     from dsv4.diff.limits import DEFAULT, Limits
-    from dsv4.diff.report import to_json, to_text
+    from dsv4.diff.report import to_json, to_summary, to_text
 
     limits = Limits.load(args.limits or DEFAULT)
     globs = [g.strip() for g in args.taps.split(",")]
     report = compare_dumps(TapDump(args.a), TapDump(args.b), limits, globs)
     if args.json:
         terminal.json(to_json(report))
-    else:
+    elif report.first_divergence or args.all:
         terminal.data(to_text(report, args.failures))
+    else:
+        terminal.data(to_summary(report))
     missing = args.require_all and (report.only_a or report.only_b)
     return 1 if report.first_divergence or missing else 0

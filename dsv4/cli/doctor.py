@@ -11,6 +11,7 @@ from typing import Any
 from dsv4 import __version__
 from dsv4.cli.terminal import Terminal, gib
 from dsv4.core import env
+from dsv4.core.errors import install_hint
 
 SCHEMA = 1
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "rich")
@@ -181,7 +182,7 @@ def _lines(r: dict[str, Any], with_env: bool) -> list[str]:
     if not r["gpus"]:
         lines.append("GPU    none that torch can use")
     for extra, package in EXTRAS.items():
-        state = packages[package] or f"not installed (pip install 'dsv4-inference[{extra}]')"
+        state = packages[package] or f"not installed ({install_hint(extra)})"
         lines.append(f"extra  {extra:5} {package} {state}")
     lines += [f"check  {name:12} {result}" for name, result in r["checks"].items()]
     lines += [f"problem  {p}" for p in r["problems"]]
@@ -190,5 +191,6 @@ def _lines(r: dict[str, Any], with_env: bool) -> list[str]:
         lines += [f"env    {n:20} unknown{f', did you mean {c}?' if c else ''}"
                   for n, c in r["unknown_env"].items()]  # fmt: skip
     tiers = ", ".join(map(str, r["tiers"]))
-    lines.append(f"verdict  tiers {tiers} usable" if tiers else "verdict  nothing can run here")
+    word = "tier" if len(r["tiers"]) == 1 else "tiers"
+    lines.append(f"verdict  {word} {tiers} usable" if tiers else "verdict  nothing can run here")
     return lines

@@ -16,7 +16,8 @@ from dsv4.cli.model import (
     open_tokenizer,
 )
 from dsv4.cli.prompt import add_prompt_arguments, prompt_text, read_ids, render_prompt
-from dsv4.cli.terminal import Terminal, gib
+from dsv4.cli.terminal import Terminal, count, gib
+from dsv4.core.config import MAX_CONTEXT
 from dsv4.core.errors import RequestError
 
 
@@ -34,14 +35,14 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
 
 def run(args: Namespace, terminal: Terminal) -> int:
     """Exit code 0."""
-    if args.chunk is not None and args.chunk < 1:
-        raise RequestError("chunk", "1 or more", args.chunk)
+    if args.chunk is not None and not 1 <= args.chunk <= MAX_CONTEXT:
+        raise RequestError("--chunk", f"1 to {MAX_CONTEXT:,}", args.chunk)
     from dsv4.diff.dump import check_output
 
     check_output(args.out)
     ids = read_ids(args.ids) if args.ids is not None else None
     if ids is not None and (args.prompt is not None or args.file):
-        raise RequestError("ids", "no prompt beside it", args.ids)
+        raise RequestError("--ids", "no prompt beside it", args.ids)
     config = model_config(args.model)
     if ids is None:
         prompt = render_prompt(args, prompt_text(args))
@@ -60,7 +61,9 @@ def run(args: Namespace, terminal: Terminal) -> int:
     info = DumpInfo(args.tier, args.dtype, name, config_hash(config), tuple(ids), quant)
     write_dump(args.out, tensors, info)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    terminal.note(f"{len(tensors)} taps of {len(ids)} tokens, {gib(size)}, in {args.out}")
+    terminal.note(
+        f"{count(len(tensors), 'tap')} of {count(len(ids), 'token')}, {gib(size)}, in {args.out}"
+    )
     return 0
 
 
@@ -71,7 +74,7 @@ def _forward(runner: Runner, ids: list[int], chunk: int) -> None:
     from dsv4.reference.model import ReferenceModel
 
     cache = runner.new_cache()
-    parts = torch.tensor(ids).split(chunk)
+    parts = torch.tensor(ids, device=runner.device).split(chunk)
     if not isinstance(runner, ReferenceModel):
         for part in parts:
             runner.forward(part, cache)
@@ -82,5 +85,5 @@ def _forward(runner: Runner, ids: list[int], chunk: int) -> None:
         runner.logits(streams[-1])
     if len(ids) > 1:
         for block in range(len(runner.mtp)):
-            following = torch.tensor(ids[1:])
+            following = torch.tensor(ids[1:], device=runner.device)
             runner.forward_mtp(torch.cat(streams)[:-1], following, cache, block)

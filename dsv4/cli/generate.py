@@ -11,6 +11,7 @@ from dsv4.cli.model import (
     Loaded,
     add_runtime_arguments,
     check_prompt,
+    check_stop_ids,
     context_limit,
     load_model,
     model_config,
@@ -19,6 +20,7 @@ from dsv4.cli.model import (
 from dsv4.cli.prompt import (
     add_prompt_arguments,
     add_sampling_arguments,
+    naming,
     prompt_text,
     render_prompt,
     sampling_params,
@@ -57,6 +59,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
     text = prompt_text(args)
     prompt = render_prompt(args, text)
     config = model_config(args.model, terminal if args.print_prompt else None)
+    check_stop_ids(args.stop_id, config)
     limit = context_limit(args, config)
     ids = prompt.encode(open_tokenizer(args.model, config))
     check_prompt(ids, limit)
@@ -71,7 +74,8 @@ def run(args: Namespace, terminal: Terminal) -> int:
     with ExitStack() as stack:
         file = None
         if args.logprobs:
-            file = stack.enter_context(open(args.logprobs, "w", encoding="utf-8"))
+            with naming("--logprobs", args.logprobs, "written"):
+                file = stack.enter_context(open(args.logprobs, "w", encoding="utf-8"))
         stack.enter_context(session.interrupt.watch())
         steps = session.generate(ids, params, limit, thinking, NUM_LOGPROBS if file else 0)
         for step in steps:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.model import model_folder
-from dsv4.cli.terminal import Terminal, gib
+from dsv4.cli.terminal import Terminal, count, gib
 
 if TYPE_CHECKING:
     from dsv4.core.config import ModelConfig
@@ -27,13 +27,16 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
 
 
 def run(args: Namespace, terminal: Terminal) -> int:
-    """Exit code 0."""
+    """Exit code: 0, or 1 when --tensors matches none."""
     config, rows, source, notices = _open(args.model)
     if args.tensors is not None:
         rows = [r for r in rows if fnmatchcase(r[0], args.tensors)]
+    code = 0 if rows else 1
+    if not rows:
+        terminal.note(f"no tensor matches {args.tensors}; --tensors '*' lists all")
     if args.json:
         terminal.json(_report(config, rows, source, notices, args.tensors is not None))
-        return 0
+        return code
     for notice in notices:
         terminal.note(f"note: {notice}")
     if args.tensors is not None:
@@ -42,8 +45,9 @@ def run(args: Namespace, terminal: Terminal) -> int:
             terminal.data(
                 f"{name:60} {spec.dtype:8} {shape:16} {spec.nbytes:>14,}  {file}".rstrip()
             )
-        terminal.note(f"{len(rows):,} tensors, {gib(sum(s.nbytes for _, s, _ in rows))}")
-        return 0
+        size = gib(sum(s.nbytes for _, s, _ in rows))
+        terminal.note(f"{count(len(rows), 'tensor')}, {size}")
+        return code
     for line in _summary(config, rows, source):
         terminal.data(line)
     return 0
@@ -61,7 +65,7 @@ def _open(model: str) -> tuple[ModelConfig, list[Row], str, list[str]]:
     from dsv4.loader import Checkpoint
 
     checkpoint = Checkpoint.open(model_folder(model))
-    source = f"{len(checkpoint.shards)} shards, {checkpoint.dialect} names"
+    source = f"{count(len(checkpoint.shards), 'shard')}, {checkpoint.dialect} names"
     return checkpoint.config, list(checkpoint.tensors()), source, checkpoint.notices
 
 

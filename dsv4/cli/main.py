@@ -1,4 +1,4 @@
-"""The entry point: parse, run one verb, turn errors into two lines and an exit code."""
+"""The entry point: parse, run one verb, turn errors into one or two lines and an exit code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from typing import Any
 
 from dsv4 import __version__
 from dsv4.cli.prompt import expand_stdin
@@ -43,10 +44,20 @@ exit codes: 0 ok, 1 check failed, 2 usage, 3 model or checkpoint invalid, 4 hard
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse says nothing when help cannot be written; this one raises the OSError."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs. Imports no torch. Variables without meaning are not yet refused."""
     defaults = env.read(strict=False)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dsv4", description="DeepSeek-V4 inference.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -110,9 +121,12 @@ def console() -> None:
     code = main()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as e:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        code = code or FAILED
+        is_gone = isinstance(e, BrokenPipeError)
+        if not is_gone and code == OK:
+            _say(f"error: stdout: {e.strerror or e}")
+        code = code or (FAILED if is_gone else USAGE)
     sys.exit(code)
 
 

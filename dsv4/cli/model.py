@@ -7,11 +7,13 @@ import json
 import re
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4.cli.terminal import Terminal
+from dsv4.core import env
 from dsv4.core.errors import CheckpointError, DeviceUnavailable, RequestError, printable
 from dsv4.core.safe_files import has_file, open_folder, read_json
 from dsv4.text.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 NANO = "nano"
 DTYPES = ("float32", "bfloat16", "float64")
 MAX_JSON_BYTES = 1 << 20
-MAX_THREADS = 4096
+PUBLISHED = ("flash", "pro")  # whose configs the package knows
 
 
 class Runner(Protocol):
@@ -106,9 +108,10 @@ def model_folder(name: str) -> Path:
 
         return path()
     if not Path(name).is_dir():
-        raise CheckpointError(
-            "folder", "", detail=f"{name} is no folder", fix="give a checkpoint folder, or: nano"
-        )
+        fix = "give a checkpoint folder, or: nano"
+        if name in PUBLISHED:
+            fix = "flash and pro are names only for plan and inspect; give a checkpoint folder"
+        raise CheckpointError("folder", "", detail=f"{name} is no folder", fix=fix)
     return Path(name)
 
 
@@ -119,7 +122,7 @@ def model_config(name: str, terminal: Terminal | None = None) -> ModelConfig:
     """
     from dsv4.core.config import ModelConfig
 
-    if name in ("flash", "pro"):
+    if name in PUBLISHED:
         return ModelConfig.flash() if name == "flash" else ModelConfig.pro()
     from dsv4.core.config_dialects import parse_config
 
@@ -208,8 +211,8 @@ def set_threads(threads: int | None) -> None:
     """Limit torch to `threads` CPU threads."""
     if threads is None:
         return
-    if not 1 <= threads <= MAX_THREADS:
-        raise RequestError("threads", f"1 to {MAX_THREADS}", threads)
+    if not 1 <= threads <= env.MAX_THREADS:
+        raise RequestError("--threads", f"1 to {env.MAX_THREADS:,}", threads)
     import torch
 
     torch.set_num_threads(threads)
@@ -221,17 +224,24 @@ def context_limit(args: Namespace, config: ModelConfig) -> int:
     if args.max_context is None:
         return limit
     if not 1 <= args.max_context <= limit:
-        raise RequestError("max-context", f"1 to {limit:,}", args.max_context)
+        raise RequestError("--max-context", f"1 to {limit:,}", args.max_context)
     return args.max_context
 
 
-def check_prompt(ids: list[int], limit: int) -> None:
-    """Raises RequestError for an empty prompt, or one longer than the context limit."""
+def check_prompt(
+    ids: list[int], limit: int, fix: str = "shorten the prompt, or raise --max-context"
+) -> None:
+    """Raises RequestError for an empty prompt, or, with `fix`, one beyond the context limit."""
     if not 1 <= len(ids) <= limit:
-        raise RequestError(
-            "prompt", f"1 to {limit:,} tokens", len(ids),
-            "shorten the prompt, or raise --max-context" if ids else "give a prompt",
-        )  # fmt: skip
+        expected = f"1 to {limit:,} tokens"
+        raise RequestError("prompt", expected, len(ids), fix if ids else "give a prompt")
+
+
+def check_stop_ids(ids: Sequence[int], config: ModelConfig) -> None:
+    """Raises RequestError for a --stop-id that the model cannot say."""
+    for token_id in ids:
+        if not 0 <= token_id < config.vocab_size:
+            raise RequestError("--stop-id", f"0 to {config.vocab_size - 1:,}", token_id)
 
 
 def _check_runtime(args: Namespace) -> None:

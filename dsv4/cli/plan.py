@@ -7,7 +7,7 @@ from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
 
-from dsv4.cli.model import model_config
+from dsv4.cli.model import PUBLISHED, model_config
 from dsv4.cli.terminal import Terminal, gib
 
 SCHEMA = 1
@@ -37,7 +37,8 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     parser.add_argument("--index-keys", choices=("fp8", "mxfp4"), default="fp8")
     parser.add_argument("--page-tokens", type=int, metavar="TOKENS", default=256)
     parser.add_argument("--memory", type=memory_size, metavar="SIZE",
-                        help="of one GPU, like 141G (default: of the first GPU here)")  # fmt: skip
+                        help="of one GPU, like 141G; units are GiB and the like, powers of 1024 "
+                        "(default: of the first GPU here)")  # fmt: skip
     parser.add_argument("--json", action="store_true")
 
 
@@ -56,7 +57,8 @@ def run(args: Namespace, terminal: Terminal) -> int:
         numbers = asdict(p) | {"kv_growth": float(p.kv_growth)}
         terminal.json({"schema": SCHEMA, **numbers, "fits": p.fits, "spare_bytes": p.spare_bytes})
     else:
-        for line in _lines(p, config.max_position_embeddings):
+        source = " in the file" if args.model in PUBLISHED else ", from config.json"
+        for line in _lines(p, config.max_position_embeddings, source):
             terminal.data(line)
     return 1 if p.fits is False else 0
 
@@ -72,11 +74,11 @@ def _exact(growth: Fraction) -> str:
     return f"{float(growth):,.7f}".rstrip("0").rstrip(".")
 
 
-def _lines(p: Any, limit: int) -> list[str]:
+def _lines(p: Any, limit: int, source: str) -> list[str]:
     each = f" -> {gib(p.weight_bytes)} a GPU" if p.gpus > 1 else ""
     where = " a GPU" if p.gpus > 1 else ""
     lines = [
-        f"weights    {gib(p.weight_file_bytes)}{each}  ({p.weight_file_bytes:,} bytes in the file)",
+        f"weights    {gib(p.weight_file_bytes)}{each}  ({p.weight_file_bytes:,} bytes{source})",
         f"kv cache   {p.batch} x {p.context:,} tokens  {gib(p.kv_bytes)}{where}  "
         f"(pages {gib(p.kv_page_bytes)}, window and state {gib(p.kv_fixed_bytes)})",
         f"           grows by {_exact(p.kv_growth)} bytes a token of one request",

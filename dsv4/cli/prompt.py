@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dsv4.core.config import MAX_VOCAB
 from dsv4.core.errors import RequestError, printable
@@ -72,10 +74,34 @@ def prompt_text(args: Namespace) -> str:
         return args.prompt
     file = args.file[0]
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+        if file == "-":
+            return utf8_stdin().read()
+        with naming("--file", file):
+            return Path(file).read_text("utf-8")
     except UnicodeDecodeError as e:
-        where = "stdin" if file == "-" else file
-        raise RequestError("prompt", f"UTF-8 in {where}", str(e), "convert it to UTF-8") from e
+        raise not_utf8("stdin" if file == "-" else file, e) from e
+
+
+def utf8_stdin() -> TextIO:
+    """stdin in UTF-8, whatever the locale; reading it raises UnicodeDecodeError."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    return sys.stdin
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> RequestError:
+    """The error of a prompt in another encoding."""
+    return RequestError("prompt", f"UTF-8 in {where}", str(error), "convert it to UTF-8")
+
+
+@contextmanager
+def naming(flag: str, path: str, use: str = "read") -> Iterator[None]:
+    """Turn an OSError of the block into a RequestError that names the flag and the file."""
+    try:
+        yield
+    except OSError as e:
+        got = f"{path}: {e.strerror or e}"
+        raise RequestError(flag, f"a file that can be {use}", got) from e
 
 
 def expand_stdin(argv: Sequence[str]) -> list[str]:
@@ -91,9 +117,12 @@ def is_chat(args: Namespace) -> bool:
     """Whether the text is a message. Raises RequestError for flags that contradict each other."""
     chat = args.chat or args.think is not None
     if args.raw and chat:
-        raise RequestError("raw", "no --chat or --think beside it", True)
+        other = "--chat" if args.chat else "--think"
+        got = other if args.chat else f"--think {args.think}"
+        raise RequestError("--raw", f"no {other} beside it", got, f"leave out --raw or {other}")
     if args.system is not None and not chat:
-        raise RequestError("system", "--chat or --think beside it", args.system)
+        expected, fix = "--chat or --think beside it", "add --chat, or leave out --system"
+        raise RequestError("--system", expected, "neither", fix)
     return chat
 
 
@@ -111,16 +140,22 @@ def read_ids(text: str) -> list[int]:
     """Token ids of "1,2,3" or of "@FILE", a JSON list or an object with a list "ids"."""
     try:
         if text.startswith("@"):
-            raw: Any = json.loads(Path(text[1:]).read_text("utf-8"))
+            with naming("--ids", text[1:]):
+                content = Path(text[1:]).read_text("utf-8")
+            raw: Any = json.loads(content)
             raw = raw.get("ids") if isinstance(raw, dict) else raw
         else:
             raw = [int(x) for x in text.split(",")]
+    except RequestError:
+        raise
     except (ValueError, RecursionError) as e:
-        fix = printable(str(e) or "correct the list")
-        raise RequestError("ids", "1,2,3 or @FILE with a JSON list", text, fix) from e
+        fix = "write the ids with commas between them: --ids 1,2,3"
+        if text.startswith("@"):
+            fix = f"correct the file: {printable(str(e))}"
+        raise RequestError("--ids", "1,2,3 or @FILE with a JSON list", text, fix) from e
     if not isinstance(raw, list):
-        raise RequestError("ids", "a list of token ids", raw)
+        raise RequestError("--ids", "a list of token ids", raw)
     for token_id in raw:
         if not is_integer(token_id) or not 0 <= token_id < MAX_VOCAB:
-            raise RequestError("ids", f"integers from 0 to {MAX_VOCAB - 1}", token_id)
+            raise RequestError("--ids", f"integers from 0 to {MAX_VOCAB - 1}", token_id)
     return raw

@@ -96,6 +96,11 @@ class AnswerView:
             self._terminal.data(piece, end="")
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 tap", "54 taps"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def gib(num_bytes: float) -> str:
     """Bytes as GiB, or MiB below a tenth of one."""
     return (

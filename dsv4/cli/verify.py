@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dsv4.cli.model import model_folder, open_tokenizer
-from dsv4.cli.terminal import Terminal
+from dsv4.cli.terminal import Terminal, count
 from dsv4.core.errors import CheckpointError, CheckpointProblem
 
 SCHEMA = 1
@@ -19,7 +19,9 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or nano")
     parser.add_argument("--deep", action="store_true",
                         help="read all bytes: NaN, Inf, scales, expert tables")  # fmt: skip
-    parser.add_argument("--sha256", metavar="FILE", help="compare the files with a sha256sum list")
+    parser.add_argument("--sha256", metavar="FILE",
+                        help="compare the files with a sha256sum list; it must name every shard"
+                        )  # fmt: skip
     parser.add_argument("--json", action="store_true")
 
 
@@ -41,8 +43,9 @@ def run(args: Namespace, terminal: Terminal) -> int:
             terminal.data(f"      fix: {p.fix}")
     if len(problems) > MAX_SHOWN:
         terminal.data(f"... and {len(problems) - MAX_SHOWN:,} more")
-    checked = f"{num_tensors:,} tensors checked" + (", all bytes read" if args.deep else "")
-    terminal.data(f"{checked}, {len(problems)} problems (exit 3)" if problems else f"{checked}, ok")
+    verdict = f"{count(len(problems), 'problem')} (exit 3)" if problems else "ok"
+    read = ", all bytes read" if args.deep else ""
+    terminal.data(f"{count(num_tensors, 'tensor')} checked{read}, {verdict}")
     return 3 if problems else 0
 
 

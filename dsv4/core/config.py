@@ -143,6 +143,7 @@ class ModelConfig:
 
 
 MAX_LAYERS, MAX_EXPERTS, MAX_WIDTH, MAX_VOCAB = 512, 4096, 1 << 17, 1 << 24
+MAX_CONTEXT = 1 << 30
 EXPERT_FORMATS = ("mxfp4", "nvfp4", "fp8", "bfloat16", "float32")
 LINEAR_FORMATS = ("fp8", "bfloat16", "float32")
 
@@ -175,7 +176,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "sliding_window": (1, 1 << 20),
     "rope_theta": (1, 1e12),
     "compress_rope_theta": (1, 1e12),
-    "max_position_embeddings": (1, 1 << 30),
+    "max_position_embeddings": (1, MAX_CONTEXT),
     "num_nextn_predict_layers": (0, 1),
     "dspark_block_size": (0, 64),
     "bos_token_id": (0, MAX_VOCAB),
@@ -186,19 +187,28 @@ _RANGES: dict[str, tuple[float, float]] = {
 def _check_types(c: ModelConfig) -> None:
     for f in fields(c):
         value = getattr(c, f.name)
-        if f.type == "int" and not is_integer(value):
-            raise ConfigError(f.name, "an integer", value)
-        if f.type == "float" and not is_finite_number(value):
-            raise ConfigError(f.name, "a finite number", value)
+        is_legal = {"int": is_integer, "float": is_finite_number}.get(str(f.type))
+        if is_legal is not None and not is_legal(value):
+            raise ConfigError(f.name, legal_range(f.name), value)
     if not isinstance(c.compress_ratios, tuple):
         raise ConfigError("compress_ratios", "a tuple of integers", c.compress_ratios)
+
+
+def legal_range(name: str) -> str:
+    """What a field of a ModelConfig takes, in words."""
+    low, high = _RANGES[name]
+    if low == high:
+        return f"{low}"
+    if ModelConfig.__dataclass_fields__[name].type == "int":
+        return f"an integer from {low:,} to {high:,}"
+    return f"a finite number from {low:g} to {high:g}"
 
 
 def _check_ranges(c: ModelConfig) -> None:
     for name, (low, high) in _RANGES.items():
         value = getattr(c, name)
         if not low <= value <= high:
-            raise ConfigError(name, f"{low:g} to {high:g}" if low < high else f"{low:g}", value)
+            raise ConfigError(name, legal_range(name), value)
     if c.expert_format not in EXPERT_FORMATS:
         raise ConfigError("expert_format", f"one of {EXPERT_FORMATS}", c.expert_format)
     if c.linear_format not in LINEAR_FORMATS:
@@ -207,10 +217,15 @@ def _check_ranges(c: ModelConfig) -> None:
         _check_yarn(c.yarn)
 
 
+def _span(low: float, high: float) -> str:
+    whole = isinstance(high, int)
+    return f"{low:,} to {high:,}" if whole else f"{low:g} to {high:g}"
+
+
 def _check_yarn(y: YarnScaling) -> None:
     for name, low, high in (
         ("factor", 1, 1e6),
-        ("original_max_position_embeddings", 1, 1 << 30),
+        ("original_max_position_embeddings", 1, MAX_CONTEXT),
         ("beta_fast", 1e-6, 1e6),
         ("beta_slow", 1e-6, 1e6),
     ):
@@ -218,7 +233,7 @@ def _check_yarn(y: YarnScaling) -> None:
         if not is_finite_number(value):
             raise ConfigError(f"rope_scaling.{name}", "a finite number", value)
         if not low <= value <= high:
-            raise ConfigError(f"rope_scaling.{name}", f"{low:g} to {high:g}", value)
+            raise ConfigError(f"rope_scaling.{name}", _span(low, high), value)
     if not is_integer(y.original_max_position_embeddings):
         raise ConfigError(
             "rope_scaling.original_max_position_embeddings", "an integer",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dsv4.core.config import ModelConfig, YarnScaling
+from dsv4.core.config import ModelConfig, YarnScaling, legal_range
 from dsv4.core.errors import ConfigError
 from dsv4.core.numbers import is_finite_number, is_integer
 
@@ -109,7 +109,7 @@ def _required() -> set[str]:
 def _num_layers(raw: Mapping[str, Any]) -> int:
     layers: Any = raw.get("num_hidden_layers")
     if not is_integer(layers) or not 1 <= layers <= 512:
-        raise ConfigError("num_hidden_layers", "1 to 512", layers)
+        raise ConfigError("num_hidden_layers", legal_range("num_hidden_layers"), layers)
     return layers
 
 

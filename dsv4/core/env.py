@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from dsv4.core.config import MAX_CONTEXT
 from dsv4.core.errors import RequestError
 
 PREFIX = "DSV4_"
+# OpenMP takes the process down where it cannot start as many threads as it was told.
+MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))
 # Variables of the test suite, which reads them itself.
 _OF_TESTS = (f"{PREFIX}ORACLE_", f"{PREFIX}STRESS_")
 
@@ -40,10 +43,11 @@ def _one_of(*legal: str) -> Callable[[str], str]:
     return parse
 
 
-def _integer(low: int) -> Callable[[str], int]:
+def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < low:
-            raise ValueError(f"an integer from {low}")
+        is_short = len(text) < 100  # longer ones are no number to Python
+        if not (text.isascii() and text.isdigit() and is_short and low <= int(text) <= high):
+            raise ValueError(f"an integer from {low:,} to {high:,}")
         return int(text)
 
     return parse
@@ -56,8 +60,10 @@ _VARIABLES = (
     Variable(
         "DSV4_DTYPE", "float32", "as --dtype", _one_of("float32", "bfloat16", "float64")
     ),
-    Variable("DSV4_MAX_CONTEXT", None, "as --max-context, in tokens", _integer(1)),
-    Variable("DSV4_THREADS", None, "as --threads: CPU threads of torch", _integer(1)),
+    Variable("DSV4_MAX_CONTEXT", None, "as --max-context, in tokens", _integer(1, MAX_CONTEXT)),
+    Variable(
+        "DSV4_THREADS", None, "as --threads: CPU threads of torch", _integer(1, MAX_THREADS)
+    ),
 )  # fmt: skip
 VARIABLES = {v.name: v for v in _VARIABLES}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -77,7 +78,8 @@ class CheckpointError(Dsv4Error):
         first, shown = problems[0], 20
         lines = [str(p) for p in problems[:shown]]
         if len(problems) > shown:
-            lines.append(f"... and {len(problems) - shown} more problems")
+            more = len(problems) - shown
+            lines.append(f"... and {more} more problem" + ("" if more == 1 else "s"))
         Exception.__init__(self, "\n".join(lines))
         self.problems = problems
         self.kind, self.file, self.tensor = first.kind, first.file, first.tensor
@@ -115,9 +117,17 @@ class RequestError(Dsv4Error, ValueError):
         self.fix = fix
 
 
+def install_hint(extra: str) -> str:
+    """How to install an extra for the Python that runs."""
+    return (
+        f"{sys.executable} -m pip install 'dsv4-inference[{extra}]', "
+        f"or -e '.[{extra}]' in a checkout"
+    )
+
+
 class MissingExtra(Dsv4Error, ImportError):
     """An optional dependency that is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; it comes with the extra '{extra}'")
-        self.fix = f"pip install 'dsv4-inference[{extra}]'"
+        self.fix = install_hint(extra)

@@ -15,6 +15,7 @@ from dsv4.core.strict_json import parse_json
 Opener = Callable[[str], BinaryIO]
 
 DOWNLOAD_FIX = "delete the file and download it again"
+MISSING_FIX = "download it into this folder"
 CHANGED_FIX = "wait for the writer to finish, then try again"
 
 
@@ -65,7 +66,7 @@ def resolve_file(folder: Path, name: str) -> str:
         real = os.path.realpath(os.path.join(folder, name), strict=True)
         mode = os.stat(real).st_mode
     except FileNotFoundError:
-        raise CheckpointError("missing_file", name, "", "not in the folder", DOWNLOAD_FIX) from None
+        raise CheckpointError("missing_file", name, "", "not in the folder", MISSING_FIX) from None
     except (OSError, ValueError) as error:
         raise CheckpointError("read", name, "", reason(error), DOWNLOAD_FIX) from None
     parents = [folder]

@@ -23,7 +23,24 @@ def to_text(report: DiffReport, only_failures: bool = False) -> str:
         lines.append(f"{_row(r)}  {'ok' if r.ok else _mark(r, first)}".rstrip())
         if r is first:
             lines += [f"       {line}" for line in _blame_lines(report, r)]
-    lines += [f"note: {n}" for n in report.notes]
+    return "\n".join([*lines, *_notes(report), _verdict(report)])
+
+
+def to_summary(report: DiffReport) -> str:
+    """What came closest to its limit, and the verdict: enough where nothing diverged."""
+    floats = [r for r in report.results if r.rel_rms and r.limit]
+    worst = max(floats, key=lambda r: (r.rel_rms or 0) / r.limit, default=None)
+    text = "every tap is equal"
+    if worst is not None:
+        share = (worst.rel_rms or 0) / worst.limit
+        text = f"{worst.name}, rel-rms {_figure(worst.rel_rms or 0)}, {share:.1%} of its limit"
+    elif any(r.num_differ for r in report.results):
+        text = "no float differs"
+    return "\n".join([f"closest to its limit: {text}", *_notes(report), _verdict(report)])
+
+
+def _notes(report: DiffReport) -> list[str]:
+    lines = [f"note: {n}" for n in report.notes]
     skipped = max((r.num_skipped for r in report.results), default=0)
     if skipped:
         lines.append(f"note: {skipped} tokens chose otherwise within a limit, and are not judged "
@@ -32,8 +49,7 @@ def to_text(report: DiffReport, only_failures: bool = False) -> str:
         if names:
             more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
             lines.append(f"only in {which}: {', '.join(names[:MAX_NAMES])}{more}")
-    lines.append(_verdict(report))
-    return "\n".join(lines)
+    return lines
 
 
 def to_json(report: DiffReport) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def test_doctor_without_extras(dsv4, monkeypatch):
     code, out, _ = dsv4("doctor")
     assert code == 0
     assert "dsv4-inference[chat]" in out
-    assert "tiers 1 usable" in out
+    assert "tier 1 usable" in out
 
 
 # dump and diff
@@ -309,12 +309,29 @@ def test_chunks_change_nothing(dsv4, dumps):
 
 
 def test_tier_0_agrees_with_tier_1(dsv4, dumps):
-    code, out, _ = dsv4("diff", dumps / "zero", dumps / "one")
+    code, out, _ = dsv4("diff", dumps / "zero", dumps / "one", "--all")
     assert code == 0, out
     for name in ("streams", "logits", "attn.out", "hc_ffn.comb", "ffn.router.ids", "indexer.topk"):
         assert name in out
     assert "only in B: " in out
     assert dsv4("diff", dumps / "zero", dumps / "one", "--require-all")[0] == 1
+
+
+def test_diff_within_the_limits_is_short(dsv4, dumps):
+    code, out, _ = dsv4("diff", dumps / "zero", dumps / "one")
+    assert code == 0
+    worst, *more, verdict = out.splitlines()
+    assert worst.startswith("closest to its limit: ")
+    assert verdict.endswith("all within limits")
+    assert not any("ffn.router.ids" in line for line in more if not line.startswith("only in"))
+    assert len(out.splitlines()) < 6
+    code, out, _ = dsv4("diff", dumps / "one", dumps / "one")
+    assert code == 0
+    assert out.startswith("closest to its limit: every tap is equal\n")
+    table = dsv4("diff", dumps / "zero", dumps / "one", "--all")[1]
+    assert len(table.splitlines()) > 40
+    table = dsv4("diff", dumps / "one", dumps / "bug")[1]
+    assert "sub-block" in table  # in full without being asked
 
 
 def test_a_planted_bug_is_named(dsv4, dumps):

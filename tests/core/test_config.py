@@ -511,3 +511,31 @@ def test_any_change_gives_a_config_or_a_config_error(data: st.DataObject) -> Non
 def test_any_json_value_is_no_config(value: Any) -> None:
     with pytest.raises(Dsv4Error):
         parse_config(value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("num_hidden_layers", "7", "an integer from 1 to 512"),
+        ("num_hidden_layers", 0, "an integer from 1 to 512"),
+        ("sliding_window", -1, "an integer from 1 to 1,048,576"),
+        ("hidden_size", 1.5, "an integer from 1 to 131,072"),
+        ("hc_mult", 3, "4"),
+        ("rope_theta", "x", "a finite number from 1 to 1e+12"),
+        ("routed_scaling_factor", 0, "a finite number from 1e-06 to 1e+06"),
+    ],
+)
+def test_ranges_are_named_in_full(field: str, value: Any, expected: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse_config(FLASH_JSON | {field: value})
+    assert e.value.expected == expected
+
+
+def test_one_problem_more_is_in_the_singular() -> None:
+    from dsv4.core.errors import CheckpointError, CheckpointProblem
+
+    def text(count: int) -> str:
+        return str(CheckpointError.of(CheckpointProblem("k", "f", "", "d") for _ in range(count)))
+
+    assert text(21).endswith("... and 1 more problem")
+    assert text(22).endswith("... and 2 more problems")

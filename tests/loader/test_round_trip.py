@@ -435,6 +435,47 @@ def test_sha256_manifest(copy_of, tmp_path: Path) -> None:
     assert "does not name" in problems[0].detail
 
 
+def test_sha256_covers_every_file_it_names(copy_of, tmp_path: Path) -> None:
+    folder = copy_of("official")
+    (folder / "more").mkdir()
+    (folder / "more" / "text").write_text("x")
+    names = [*sorted(p.name for p in folder.iterdir() if p.is_file()), "more/text"]
+    manifest = folder / "SUMS"
+    digests = [hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names]
+    lines = [f"{d}  ./{n}\n" for d, n in zip(digests, names, strict=True)]
+    # `sha256sum * > SUMS` lists the list itself, as it was: empty
+    manifest.write_text("".join(lines) + f"{'e' * 64}  SUMS\n")
+    ck = Checkpoint.open(folder)
+    assert ck.verify(sha256=manifest) == []
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    (folder / "more" / "text").write_text("y")
+    problems = ck.verify(sha256=manifest)
+    assert [(p.kind, p.file) for p in problems] == [
+        ("sha256", "config.json"), ("sha256", "more/text"),
+    ]  # fmt: skip
+    (folder / "config.json").unlink()
+    (problem, *_) = ck.verify(sha256=manifest)
+    assert (problem.kind, problem.file) == ("missing_file", "config.json")
+    assert problem.fix == "download it into this folder"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "more/../../secret", "link/secret",
+                                  "secret_link", "fifo", "more"])  # fmt: skip
+def test_sha256_reads_nothing_from_outside(name: str, copy_of, tmp_path: Path) -> None:
+    folder = copy_of("official")
+    (folder / "more").mkdir()
+    (tmp_path / "secret").write_text("x")
+    (folder / "link").symlink_to(tmp_path)
+    (folder / "secret_link").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "fifo")
+    manifest = manifest_of(folder, tmp_path / "SUMS")
+    digest = hashlib.sha256(b"x").hexdigest()
+    manifest.write_text(manifest.read_text() + f"{digest}  {name}\n")
+    (problem,) = Checkpoint.open(folder).verify(sha256=manifest)
+    assert problem.kind in ("path", "file_type")
+
+
 @pytest.mark.parametrize("text", ["not a manifest\n", "\x00\xff", "zz" * 32 + "  a.safetensors"])
 def test_a_bad_manifest_is_named(text: str, sound, tmp_path: Path) -> None:
     path = tmp_path / "SUMS"

@@ -209,7 +209,8 @@ def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepseek_recipe", None)
     with pytest.raises(MissingExtra, match="deepseek-recipe") as e:
         render_chat([Message("user", "x")])
-    assert "[chat]" in e.value.fix
+    assert f"{sys.executable} -m pip install 'dsv4-inference[chat]'" in e.value.fix
+    assert "-e '.[chat]'" in e.value.fix
 
 
 def test_split_reasoning(official):
