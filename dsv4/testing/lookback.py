@@ -92,13 +92,14 @@ def needle_context(
 def tally_context(tokenizer: TokenizerLike, length: int, seed: int, margin: float = 0.1) -> Context:
     """Words of six pairs in random order; which of each pair occurs more often?
 
-    The last quarter leans its own way, and every stretch of 24 to 200 words strays, so that the
-    recent words say nothing about the whole. Pairs whose counts differ by less than `margin` of
+    The last quarter leans against the rest, and every stretch of 24 to 200 words strays, so that
+    the recent words mislead. Pairs whose counts differ by less than `margin` of
     their sum are not asked.
     """
     rng = Random(f"tally {seed}")
     pairs = [[tokenizer.encode(" " + word)[0] for word in pair] for pair in PAIRS]
-    old, recent = ([rng.choice((0.5 - d, 0.5 + d)) for _ in pairs] for d in (0.2, 0.15))
+    old = [rng.choice((0.3, 0.7)) for _ in pairs]
+    recent = [0.5 - 0.75 * (x - 0.5) for x in old]
     ids, share, left = [tokenizer.bos_id], old, 0
     while len(ids) < length:
         if left == 0:
