@@ -17,7 +17,7 @@ test: $(VENV)/.ready-dev
 
 # The full table of the bundled checkpoint's gates and their negative controls.
 gates: $(VENV)/.ready-dev
-	$(BIN)/python scripts/gates.py
+	$(BIN)/python scripts/gates.py --jobs 2
 
 # 300 random configurations against transformers (60 of them run in `make test`).
 oracle: $(VENV)/.ready-dev
@@ -40,9 +40,9 @@ stress: $(VENV)/.ready-dev
 	DSV4_STRESS_HISTORIES=2000 DSV4_STRESS_KERNEL_HISTORIES=200 \
 	  $(BIN)/pytest -n 2 tests/cache/test_histories.py
 
-# Every kernel compiled for sm_90 and sm_100, no GPU needed.
+# Every kernel compiled for sm_90 and sm_100, no GPU needed; one process for each.
 aot: $(VENV)/.ready-dev
-	$(BIN)/python tools/aot.py
+	printf '%s\n' 90 100 | xargs -n 1 -P 2 $(BIN)/python tools/aot.py --arch
 
 # Needs a CUDA device and an environment that has torch.
 gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def _all_chosen(_: Any) -> Any:
 
 
 def _random_chosen(original: Any) -> Any:
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(torch.initial_seed())
 
     def choose(scores: Tensor, visible: Tensor, k: int) -> Tensor:
         noise = torch.rand(scores.shape, generator=rng).masked_fill(scores.isinf(), -torch.inf)
@@ -88,6 +89,19 @@ def _shifted_entries(entries: Any) -> Any:
     )
 
 
+def _forgotten_window(compress: Any) -> Any:
+    """A call of several tokens forgets the window it leaves open, as if it ended on a boundary."""
+
+    def apply(state: Any, kappa: Tensor, gamma: Tensor, kind: Any) -> tuple[Tensor, Any]:
+        entries, state = compress(state, kappa, gamma, kind)
+        is_open = torch.arange(state.start, state.length) >= state.length // kind.ratio * kind.ratio
+        if len(kappa) > 1:
+            state = replace(state, kappa=state.kappa.masked_fill(is_open[:, None], 0.0))
+        return entries, state
+
+    return apply
+
+
 # Attention that cannot look back in one way; each must fail the gate it is for.
 BLIND: dict[str, Damage] = {
     "CSA empty": _replacing(layer, "indexer_topk", _none_chosen),
@@ -113,6 +127,7 @@ MISTAKES: dict[str, Damage] = {
     "entries one step early": _replacing(
         layer, "visible_entries", lambda f: lambda positions, ratio: f(positions + 1, ratio)
     ),
+    "open window forgotten": _replacing(layer, "compress", _forgotten_window),
     "score bias dropped": _replacing(
         layer, "router_topk", lambda f: lambda scores, bias, k: f(scores, bias * 0, k)
     ),

@@ -1,76 +1,44 @@
 #!/usr/bin/env python3
-"""Runs the gates of a checkpoint on tier 1, then damages the model and shows that they fail.
+"""Runs the gates of a checkpoint, then damages the model and shows that they fail.
 
-python scripts/gates.py                     # dsv4-nano: gates and negative controls
-python scripts/gates.py MODEL --no-controls
+python scripts/gates.py                     # dsv4-nano on tier 1: gates and negative controls
+python scripts/gates.py --jobs 2            # the same in two processes
+python scripts/gates.py --short             # fewer questions, contexts of 2048 tokens
+python scripts/gates.py --seed 1            # other contexts, other facts where not all are asked
+python scripts/gates.py MODEL --tier 0      # transformers, fewer contexts, no controls
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from damage import MISTAKES
+from drafts import completer, show_drafts, shuffled_gates
+from gate_measures import FACTS, FEW, FULL, SHORT, Model
+from lookback_gates import LookBack
 from torch import Tensor
 
+from dsv4.cli.tier0 import TransformersModel
 from dsv4.core.config import ModelConfig
 from dsv4.core.formats import BlockScaledTensor
 from dsv4.loader.checkpoint import Checkpoint
 from dsv4.nano import path as nano_path
-from dsv4.reference import layer as reference_layer
 from dsv4.reference.model import ReferenceModel
 from dsv4.reference.simulation import QuantSimulation
-from dsv4.testing.gates import Gate, build_gates, format_results, load_countries, run_gate
+from dsv4.testing.gates import build_gates, format_results, load_countries, run_gate
 from dsv4.text.tokenizer import Tokenizer
 
 Weights = Mapping[str, Tensor | BlockScaledTensor]
-CONTROL_GATE = "capitals"
-CONTROL_PROMPTS = 24  # an even sample is enough to show that a broken model fails
-
-
-def completer(model: ReferenceModel) -> Callable[..., list[int]]:
-    """Greedy decoding on tier 1, one token a step after the prefill."""
-
-    def complete(
-        prompt: list[int], max_new: int, stop: Callable[[Sequence[int]], bool]
-    ) -> list[int]:
-        cache, new, ids = model.new_cache(), [], prompt
-        while len(new) < max_new:
-            logits = model.forward(torch.tensor(ids), cache, last_only=True)
-            new.append(int(logits[-1].argmax()))
-            if stop(new):
-                break
-            ids = new[-1:]
-        return new
-
-    return complete
-
-
-@contextmanager
-def patched(name: str, replacement: Any) -> Iterator[None]:
-    """Replace one function that the reference layer calls."""
-    original = getattr(reference_layer, name)
-    setattr(reference_layer, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(reference_layer, name, original)
-
-
-def uniform_comb(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """mHC that mixes all streams equally."""
-    pre, post, comb = _MHC(*args)
-    return pre, post, torch.full_like(comb, 1 / comb.shape[-1])
-
-
-def reversed_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """RoPE that turns the other way, for queries, keys, entries and the output alike."""
-    return _ROPE(x, cos, sin, not inverse)
 
 
 def swapped_experts(config: ModelConfig, weights: Weights) -> dict[str, Any]:
@@ -85,58 +53,111 @@ def swapped_experts(config: ModelConfig, weights: Weights) -> dict[str, Any]:
     return out
 
 
-_MHC, _ROPE = reference_layer.mhc_split_sinkhorn, reference_layer.apply_rope
-
-
-def run_controls(config: ModelConfig, weights: Weights, gate: Gate, tokenizer: Tokenizer) -> bool:
-    """Damage the model in each way; every gate must fail. Returns whether they all did."""
+def fact_controls(config: ModelConfig, weights: Weights, tokenizer: Tokenizer) -> bool:
+    """Damage what every layer has; the capitals must be lost. Returns whether they all were."""
+    gate = next(g for g in build_gates(load_countries(FACTS)) if g.name == "capitals")
 
     def score(damaged: Weights) -> float:
-        complete = completer(ReferenceModel(config, damaged))
-        return run_gate(gate, complete, tokenizer, CONTROL_PROMPTS).score
+        return run_gate(gate, completer(ReferenceModel(config, damaged)), tokenizer, 24).score
 
-    scores = {"intact": score(weights)}
-    with patched("mhc_split_sinkhorn", uniform_comb):
+    scores = {"intact": score(weights), "experts swapped": score(swapped_experts(config, weights))}
+    with MISTAKES["mHC comb uniform"]():
         scores["mHC comb uniform"] = score(weights)
-    scores["experts swapped"] = score(swapped_experts(config, weights))
-    with patched("apply_rope", reversed_rope):
-        scores["RoPE sign flipped"] = score(weights)
-    print(f"\nnegative controls ({gate.name}, {CONTROL_PROMPTS} questions)")
+    print("\nnegative controls (capitals, 24 questions)")
     good = True
     for name, value in scores.items():
         passes = value >= gate.threshold
         expected = passes == (name == "intact")
         good &= expected
         verdict = "passes" if passes else "fails"
-        print(f"{name:<20}{value:>8.3f}  {verdict}{', as it must' if expected else ': WRONG'}")
+        print(f"{name:<24}{value:>7.3f}  {verdict}{', as it must' if expected else ': WRONG'}")
     return good
+
+
+class Gates:
+    """One checkpoint and what is asked of it; the parts print their tables and return a verdict."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.size = SHORT if args.short else FULL if args.tier else FEW
+        self.seed, checkpoint = args.seed, Checkpoint.open(args.model)
+        self.config, self.weights = checkpoint.config, checkpoint.load()
+        self.tokenizer = Tokenizer.open(args.model)
+        torch.manual_seed(args.seed)  # of the random control
+        simulate = QuantSimulation.cache() if args.simulate_kv_quant else QuantSimulation()
+        self.model: Model = (
+            ReferenceModel(self.config, self.weights, simulate=simulate)
+            if args.tier
+            else TransformersModel(self.config, self.weights)
+        )
+        self.look_back = LookBack(self.model, self.tokenizer, self.size, self.seed)
+
+    def facts(self) -> bool:
+        """The fact gates."""
+        results = [
+            run_gate(gate, completer(self.model), self.tokenizer, self.size.facts)
+            for gate in shuffled_gates(self.seed)
+        ]
+        print(format_results(results))
+        for result in results:
+            for miss in result.misses:
+                print(f"  {result.name}: {miss}")
+        return all(r.passed for r in results)
+
+    def looking_back(self) -> bool:
+        """Needles, tallies, places and cuts."""
+        self.look_back.gates()
+        return self.look_back.good
+
+    def controls(self) -> bool:
+        """Attention that cannot look back, mistakes, and damage to what every layer has."""
+        self.look_back.controls()
+        good = fact_controls(self.config, self.weights, self.tokenizer)
+        return good and self.look_back.good
+
+    def mistakes(self) -> bool:
+        """Mistakes an implementation could make; and how good the drafts of the MTP block are."""
+        self.look_back.mistakes()
+        if isinstance(self.model, ReferenceModel) and self.model.mtp:
+            show_drafts(self.model, self.tokenizer, self.look_back)
+        return self.look_back.good
+
+
+def run_part(name: str, args: argparse.Namespace) -> tuple[str, bool]:
+    """What a part prints, and its verdict; for a process of its own."""
+    out = StringIO()
+    with redirect_stdout(out):
+        good = getattr(Gates(args), name)()
+    return out.getvalue(), good
 
 
 def main() -> int:
     """Command line; the exit code is 1 unless every gate passes and every control fails."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default=nano_path())
-    parser.add_argument("--limit", type=int, help="questions of each gate (default: all)")
+    parser.add_argument("--short", action="store_true", help="fewer questions, shorter contexts")
     parser.add_argument("--no-controls", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="other contexts and orders")
+    parser.add_argument("--tier", type=int, choices=(0, 1), default=1, help="0: transformers")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--simulate-kv-quant", action="store_true", help="as the official cache")
-    args = parser.parse_args()
-    checkpoint = Checkpoint.open(args.model)
-    weights, tokenizer = checkpoint.load(), Tokenizer.open(args.model)
-    simulate = QuantSimulation.cache() if args.simulate_kv_quant else QuantSimulation()
-    complete = completer(ReferenceModel(checkpoint.config, weights, simulate=simulate))
-    gates = build_gates(load_countries(nano_path() / "facts.json"))
-    began = time.perf_counter()
-    results = [run_gate(gate, complete, tokenizer, args.limit) for gate in gates]
-    print(format_results(results))
-    print(f"{sum(r.count for r in results)} questions in {time.perf_counter() - began:.0f} s")
-    for result in results:
-        for miss in result.misses:
-            print(f"  {result.name}: {miss}")
-    passed = all(r.passed for r in results)
-    if not args.no_controls:
-        gate = next(g for g in gates if g.name == CONTROL_GATE)
-        passed &= run_controls(checkpoint.config, weights, gate, tokenizer)
-    return 0 if passed else 1
+    args, began = parser.parse_args(), time.perf_counter()
+    parts = ["facts", "looking_back"]
+    if args.tier == 1 and not args.no_controls:
+        parts += ["controls"] if args.short else ["controls", "mistakes"]
+    good = True
+    if args.jobs == 1:
+        gates = Gates(args)
+        for part in parts:
+            good &= getattr(gates, part)()
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+            for future in [pool.submit(run_part, part, args) for part in parts]:
+                text, passed = future.result()
+                print(text, end="", flush=True)
+                good &= passed
+    print(f"\n{time.perf_counter() - began:.0f} s")
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

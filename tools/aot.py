@@ -12,26 +12,22 @@ import argparse
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import chain
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
+from aot_cuda import Result, compile_cuda
+from aot_source import source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import dsv4.kernels
-from dsv4.testing.cases import cache_calls
-
-POINTERS = {
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-}  # fmt: skip
-ALIGNED = [["tt.divisibility", 16]]
+from dsv4.testing.cases import aot_calls
 
 
 def kernels() -> dict[str, list[ModuleType]]:
@@ -44,31 +40,6 @@ def kernels() -> dict[str, list[ModuleType]]:
     return found
 
 
-def source(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ASTSource:
-    """What Triton would compile for a call, specialised as it does at run time."""
-    values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(fn.params):
-        value = values[parameter.name]
-        kind = _kind(value, parameter.is_constexpr)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[parameter.name] = value
-        elif kind[0] == "*" or (kind[0] == "i" and value % 16 == 0):
-            attributes[(i,)] = ALIGNED
-    return ASTSource(fn, signature, constants, attributes)
-
-
-def _kind(value: Any, is_constexpr: bool) -> str:
-    if is_constexpr or value is None or (isinstance(value, int) and value == 1):
-        return "constexpr"
-    if isinstance(value, torch.Tensor):
-        return POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
 def device_calls(module: ModuleType, args: dict[str, Any]) -> Iterator[tuple[ASTSource, dict]]:
     """Every device function that `launch` would start, with its compile options."""
     started: list[tuple[ASTSource, dict]] = []
@@ -78,41 +49,57 @@ def device_calls(module: ModuleType, args: dict[str, Any]) -> Iterator[tuple[AST
         options = {k: v for k, v in kwargs.items() if k not in (*own, "grid", "warmup")}
         started.append((source(fn, values, own), options))
 
-    out = {"out": module.outputs(**args)} if hasattr(module, "outputs") else {}
+    makers = {"out": "outputs", "scratch": "scratch"}
+    out = {k: getattr(module, f)(**args) for k, f in makers.items() if hasattr(module, f)}
     with mock.patch.object(JITFunction, "run", record):
         module.launch(**args, **out)
     return iter(started)
 
 
-def problem(assembly: str, options: dict) -> str:
-    """What is wrong with compiled code, or ""."""
+def problem(assembly: str, options: dict, instruction: str | None) -> str:
+    """What is wrong with compiled code, or "".
+
+    instruction  pattern that the code must hold: what the kernel's `tensor_core(arch, args)` gives
+    """
+    if instruction and not re.search(instruction, assembly):
+        return f"holds no {instruction}"
     if not options.get("enable_fp_fusion", True) and re.search(r"\bfma\.rn", assembly):
         return "holds fma although the kernel forbids it"
     return ""
 
 
+def compile_call(name: str, args: dict[str, Any], arches: Sequence[int]) -> Iterator[Result]:
+    """Every device function of one call for every architecture."""
+    for module in kernels()[name.partition("/")[0]]:
+        expected = getattr(module, "tensor_core", lambda arch, args: None)
+        for ast, options in () if hasattr(module, "sources") else device_calls(module, args):
+            for arch in arches:
+                code = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
+                wrong = problem(code.asm["ptx"], options, expected(arch, args))
+                size, shared = len(code.asm["cubin"]), code.metadata.shared
+                line = f"{name:28} sm_{arch} {size:7} B {shared:6} B shared  {wrong or 'ok'}"
+                yield module.SPEC.name, line, wrong
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 100])
     parser.add_argument("--only", default="", help="part of a call's name")
     flags = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: it leaves nothing to compile")
-    modules, failures, compiled = kernels(), 0, set()
-    for name, args in cache_calls(8, head_dim=512, page_tokens=256).items():
-        if flags.only not in name:
-            continue
-        for module in modules[name.partition("/")[0]]:
-            for ast, options in device_calls(module, args):
-                for arch in flags.arch:
-                    target = GPUTarget("cuda", arch, 32)
-                    code = triton.compile(ast, target=target, options=options)
-                    wrong = problem(code.asm["ptx"], options)
-                    failures += bool(wrong)
-                    compiled.add(module.SPEC.name)
-                    size, shared = len(code.asm["cubin"]), code.metadata.shared
-                    print(f"{name:28} sm_{arch} {size:7} B {shared:6} B shared  {wrong or 'ok'}")
-    missing = {m.SPEC.name for group in modules.values() for m in group} - compiled
+    found, compiled, failures = kernels(), set(), 0
+    results = [compile_call(n, a, flags.arch) for n, a in aot_calls().items() if flags.only in n]
+    cuda = [m for group in found.values() for m in group if hasattr(m, "sources")]
+    if 90 in flags.arch:
+        results += [compile_cuda(m) for m in cuda if flags.only in m.SPEC.name]
+    for name, line, wrong in chain.from_iterable(results):
+        print(line, flush=True)
+        compiled.add(name)
+        failures += bool(wrong)
+    if 90 not in flags.arch:
+        compiled |= {m.SPEC.name for m in cuda}
+    missing = {m.SPEC.name for group in found.values() for m in group} - compiled
     if missing and not flags.only:
         print("no case for:", ", ".join(sorted(missing)))
         failures += len(missing)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,14 @@ from training.model import TrainingModel
 
 PIECE_BYTES = 15_000_000
 QUANTISERS = {FP8_BLOCK128.name: fp8_block_quantize, MXFP4.name: mxfp4_quantize}
+
+
+def nano_config(mtp: bool = False, quantised: bool = True) -> ModelConfig:
+    """dsv4-nano's configuration, with or without its MTP block, or with matrices in BF16."""
+    config = replace(ModelConfig.nano(), num_nextn_predict_layers=int(mtp))
+    if quantised:
+        return config
+    return replace(config, expert_format="bfloat16", linear_format="bfloat16")
 
 
 def parameter_specs(config: ModelConfig) -> dict[str, TensorSpec]:

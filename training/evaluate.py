@@ -15,6 +15,7 @@ from dsv4.testing.gates import Gate, TokenizerLike
 from training.attention import Switches
 from training.model import TrainingModel
 from training.needles import Row
+from training.places import PLACE
 from training.tally import TALLY
 
 PAD = 2
@@ -62,7 +63,7 @@ class LookupTokens:
 
     @torch.no_grad()
     def accuracies(self, model: TrainingModel, switches: Switches) -> dict[str, float]:
-        """ "direct<128", "direct<768", "direct" (beyond), ... and "tally" -> share of right tokens.
+        """Share of right tokens: "direct<128", "direct<768", "direct" (beyond), ..., "place".
 
         A digit counts as a token of its own, after the right digits before it.
         """
@@ -80,6 +81,10 @@ class LookupTokens:
                 right_blind = torch.cat(guesses) == ids[:, 1:]
                 out["tally, HCA empty"] = float(right_blind[marked == TALLY].float().mean())
                 out[kind] = float(right[marked == TALLY].float().mean())
+                continue
+            if kind == "place":
+                if (marked == PLACE).any():
+                    out[kind] = float(right[marked == PLACE].float().mean())
                 continue
             for low, high in BANDS:
                 chosen = (marked >= max(low, 2)) & (marked < high)

@@ -60,8 +60,29 @@ class Layer(nn.Module):
         return mhc_join(o, x, post, comb), indexer_loss, balance, load
 
 
+class DraftBlock(Layer):
+    """An MTP block: joins the trunk's streams with the next token, then an SWA layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, config.num_hidden_layers)
+        D, n = config.hidden_size, config.hc_mult
+        self.enorm, self.hnorm, self.norm = (RMSNorm(D, config.rms_norm_eps) for _ in range(3))
+        self.e_proj, self.h_proj = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
+        self.hc_head_fn = nn.Parameter(torch.randn(n, n * D) * 0.01)
+        self.hc_head_scale = nn.Parameter(torch.ones(1))
+        self.hc_head_base = nn.Parameter(torch.zeros(n))
+
+    def joined(self, streams: Tensor, embedding: Tensor) -> Tensor:
+        """Streams of the trunk [B, T, N, D] and embeddings of the next tokens [B, T, D] -> both."""
+        e = self.e_proj(self.enorm(embedding)).unsqueeze(2)
+        return (e + self.h_proj(self.hnorm(streams))).float()
+
+
 class TrainingModel(nn.Module):
-    """The trunk. `dtype` is that of the expert products, bfloat16 under autocast."""
+    """The trunk, and MTP blocks if the config has any; the trunk's loss never reaches them.
+
+    `dtype` is that of the expert products, bfloat16 under autocast.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -74,6 +95,7 @@ class TrainingModel(nn.Module):
         self.hc_head_fn = nn.Parameter(torch.randn(n, width) * 0.01)
         self.hc_head_scale = nn.Parameter(torch.ones(1))
         self.hc_head_base = nn.Parameter(torch.zeros(n))
+        self.mtp = nn.ModuleList(DraftBlock(config) for _ in range(config.num_nextn_predict_layers))
         self._tables: dict[tuple[int, torch.device], Tables] = {}
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -88,20 +110,69 @@ class TrainingModel(nn.Module):
             table = balanced_hash_table(frequency, c.n_routed_experts, c.num_experts_per_tok, i)
             self.layers[i].ffn.gate.tid2eid.copy_(table)
 
-    def hidden(self, ids: Tensor, switches: Switches) -> tuple[Tensor, Losses]:
-        """ids [B, T] -> the vectors the head reads [B, T, D], and the auxiliary losses."""
+    @torch.no_grad()
+    def make_careful(self, raise_sinks: float, traps: tuple[int, float, float]) -> None:
+        """Make what behaviour hardly notices matter: sinks and the score bias.
+
+        raise_sinks  added to every sink
+        traps        how many more experts of each score layer become noise that scores high and
+                     that only its score bias keeps from being chosen; see MoE.set_traps
+        """
+        rng = torch.Generator().manual_seed(0)
+        for layer in self.layers:
+            layer.attn.attn_sink += raise_sinks
+            if not layer.ffn.gate.is_hash:
+                layer.ffn.set_traps(*traps, rng)
+
+    def start_draft(self) -> None:
+        """Freeze the trunk, and let the draft head begin as the trunk's."""
+        mtp = self.mtp[0]
+        with torch.no_grad():
+            for name in ("hc_head_fn", "hc_head_scale", "hc_head_base"):
+                getattr(mtp, name).copy_(getattr(self, name))
+            mtp.norm.weight.copy_(self.norm.weight)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith("mtp."))
+
+    def tables(self, ids: Tensor) -> Tables:
+        """Masks and rotary tables for rows like ids [B, T]."""
         key = (ids.shape[1], ids.device)
         if key not in self._tables:
             self._tables[key] = make_tables(self.config, *key)
+        return self._tables[key]
+
+    def streams(self, ids: Tensor, switches: Switches) -> tuple[Tensor, Losses]:
+        """ids [B, T] -> streams after the last layer [B, T, N, D], and the auxiliary losses."""
+        tables = self.tables(ids)
         x = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         losses = Losses(x.new_zeros(()), x.new_zeros(()))
         for layer in self.layers:
-            x, indexer, balance, load = layer(x, ids, self._tables[key], switches, self.dtype)
+            x, indexer, balance, load = layer(x, ids, tables, switches, self.dtype)
             losses.indexer = losses.indexer + indexer
             losses.balance = losses.balance + balance
             losses.loads.append(load)
+        return x, losses
+
+    def read(self, streams: Tensor) -> Tensor:
+        """Streams [B, T, N, D] -> the vectors the head reads [B, T, D]."""
         mix = (self.hc_head_fn, self.hc_head_scale, self.hc_head_base)
-        return self.norm(mhc_collapse(x, *mix, self.config)), losses
+        return self.norm(mhc_collapse(streams, *mix, self.config))
+
+    def hidden(self, ids: Tensor, switches: Switches) -> tuple[Tensor, Losses]:
+        """ids [B, T] -> the vectors the head reads [B, T, D], and the auxiliary losses."""
+        streams, losses = self.streams(ids, switches)
+        return self.read(streams), losses
+
+    def draft(self, streams: Tensor, next_ids: Tensor, switches: Switches) -> tuple[Tensor, Tensor]:
+        """What the head reads for the tokens after the next ones [B, T, D], and expert loads.
+
+        streams [B, T, N, D] of the trunk at t, next_ids [B, T] the tokens at t + 1
+        """
+        mtp, ids = self.mtp[0], next_ids
+        x = mtp.joined(streams, self.embed(ids))
+        x, _, _, load = mtp(x, ids, self.tables(ids), switches, self.dtype)
+        mix = (mtp.hc_head_fn, mtp.hc_head_scale, mtp.hc_head_base)
+        return mtp.norm(mhc_collapse(x, *mix, self.config)), load
 
     def forward(self, ids: Tensor, switches: Switches | None = None) -> tuple[Tensor, Losses]:
         """ids [B, T] -> logits [B, T, V] and the auxiliary losses."""

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from dsv4.core.config import ModelConfig
 
+TRAP_BIAS = -4.0
+
 
 def balanced_hash_table(frequency: Tensor, num_experts: int, k: int, seed: int) -> Tensor:
     """Token id -> k distinct experts such that every expert sees about as many tokens.
@@ -44,6 +46,8 @@ class Gate(nn.Module):
         """x [T, D], ids [T] -> weights [T, k], experts [T, k], scores [T, E], all FP32."""
         with torch.autocast(x.device.type, enabled=False):
             scores = F.softplus(F.linear(x.float(), self.weight)).sqrt()
+            if not self.is_hash:  # a trap stays as it is
+                scores = torch.where(self.bias > TRAP_BIAS / 2, scores, scores.detach())
         if self.is_hash:
             experts = self.tid2eid.index_select(0, ids)
         else:
@@ -127,7 +131,27 @@ class MoE(nn.Module):
         return out.view_as(x), hits.sum((0, 1)).detach(), balance
 
     @torch.no_grad()
+    def set_traps(self, count: int, router_std: float, scale: float, rng: torch.Generator) -> None:
+        """Replace `count` more experts by noise that scores high; TRAP_BIAS keeps it out.
+
+        router_std  of their router rows, scale of their matrices over that of an initial one
+        """
+        free = (self.gate.bias > TRAP_BIAS / 2).nonzero().flatten().cpu()
+        experts = free[torch.randperm(len(free), generator=rng)[:count]]
+
+        def noise(like: Tensor, std: float) -> Tensor:
+            return (torch.randn(like.shape, generator=rng) * std).to(like)
+
+        for e in experts.tolist():
+            self.gate.weight[e] = noise(self.gate.weight[e], router_std)
+            self.gate.bias[e] = TRAP_BIAS
+            for w in (self.experts.w1, self.experts.w2, self.experts.w3):
+                w[e] = noise(w[e], scale * w.shape[-1] ** -0.5)
+
+    @torch.no_grad()
     def update_bias(self, load: Tensor, speed: float) -> None:
-        """Raise the bias of underloaded experts, lower that of overloaded ones."""
+        """Raise the bias of underloaded experts, lower that of overloaded ones; not of traps."""
         if not self.gate.is_hash:
-            self.gate.bias += speed * torch.sign(load.mean() - load)
+            bias = self.gate.bias
+            used = bias > TRAP_BIAS / 2
+            bias += speed * torch.sign(load[used].mean() - load) * used

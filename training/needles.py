@@ -35,7 +35,8 @@ class Row:
     """One training row.
 
     ids   [T] token ids
-    marks [T] 0 for plain text, 1 for an answer in taught text, -1 for an answer of a tally,
+    marks [T] 0 for plain text, 1 for an answer in taught text, negative for an answer of a tally
+          (TALLY) or a place (PLACE),
           otherwise the token is an answer that was last given that many tokens before
     """
 
@@ -63,7 +64,7 @@ class NeedleWriter:
         def encode(text: str) -> tuple[int, ...]:
             return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
-        self.filler = filler
+        self.filler, self.encode = filler, encode
         vocabulary = tokenizer.get_vocab()
         self.words = np.array(sorted(i for t, i in vocabulary.items() if WORD.fullmatch(t)))
         self.digits = np.array([encode(str(d))[0] for d in range(10)])

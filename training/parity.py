@@ -1,7 +1,7 @@
 """Shows that the training model computes what the reference and transformers compute.
 
     python -m training.parity                        # random weights, against both
-    python -m training.parity --weights training/runs/nano/model.pt
+    python -m training.parity --weights training/runs/last/model.pt
 
 FP32, no quantisation. With index_topk large enough for every entry, the largest logit difference
 must stay below --tolerance. With the real index_topk, two implementations may order entries whose
@@ -23,7 +23,7 @@ from torch import Tensor
 from dsv4.core.config import LayerKind, ModelConfig
 from dsv4.reference.model import ReferenceModel
 from training.attention import Switches
-from training.checkpoint import split_names
+from training.checkpoint import load_weights, nano_config, split_names
 from training.model import TrainingModel
 
 Logits = Callable[[ModelConfig, dict[str, Tensor], Tensor], Tensor]
@@ -142,21 +142,23 @@ def compare(
 
 def main() -> int:
     """Command line; the exit code is 1 if a difference is too large."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, help="state dict; random weights without it")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--weights", type=Path, help="model.pt, pieces or a checkpoint; random weights without it"
+    )
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--tolerance", type=float, default=1e-4)
     parser.add_argument("--share", type=float, default=0.9)
     parser.add_argument("--skip-transformers", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    config = ModelConfig.nano()
+    config = nano_config()
     if args.weights is None:
         model = TrainingModel(config)
         perturb(model)
         state = {k: v.detach() for k, v in model.state_dict().items()}
     else:
-        state = torch.load(args.weights, map_location="cpu", weights_only=True)
+        state = {k: v for k, v in load_weights(args.weights).items() if not k.startswith("mtp.")}
     ids = torch.randint(3, config.vocab_size, (2, args.length))
     others: dict[str, Logits] = {"reference": reference_logits}
     if not args.skip_transformers:

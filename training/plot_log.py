@@ -1,7 +1,8 @@
 """Draws the curves of training logs, one after the other: losses, facts gates, looking back.
 
 python -m training.plot_log training/logs/facts.jsonl      # writes facts.png beside it
-python -m training.plot_log training/logs/{near,middle,far_first,far}.jsonl --out lookback.png
+python -m training.plot_log training/logs/{near,middle,far_first,far,careful,last}.jsonl \
+    --out training/logs/lookback.png
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-LOSSES = ("loss", "answers", "indexer_kl", "needles", "tally_loss")
+LOSSES = ("loss", "answers", "indexer_kl", "needles", "tally_loss", "place_loss")
 FACTS = ("paris", "capitals", "currencies", "continents", "chat")
-FORMS = ("direct", "shifted", "sentence", "digits", "tally", "tally, HCA empty")
+FORMS = ("direct", "shifted", "sentence", "digits", "tally", "tally, HCA empty", "place")
 
 
 def read_logs(paths: list[Path]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from training.needles import FORMS, NeedleWriter, Row
 from training.paths import NANO
+from training.places import PlaceWriter
 from training.prepare_data import ANSWER_BIT
 from training.tally import TallyWriter
 from training.tokenizer import open_tokenizer
@@ -29,6 +30,7 @@ class RowMaker:
         self.starts = np.flatnonzero((stream & (ANSWER_BIT - 1)) == 0)
         self.needles = NeedleWriter(tokenizer, prose[prose >= FIRST_WORD])
         self.tally = TallyWriter(tokenizer)
+        self.place = PlaceWriter(self.needles)
 
     def text(self, rng: np.random.Generator, length: int) -> Row:
         """Documents of the streams, from the start of one."""
@@ -43,7 +45,7 @@ class Steps(IterableDataset):
     """Endless steps of (ids [B, T + 1], marks [B, T + 1]), all rows of a step of one length.
 
     lengths  length -> share of the steps
-    kinds    "text", "tally" and the needle forms -> share of the rows
+    kinds    "text", "tally", "place" and the needle forms -> share of the rows
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Steps(IterableDataset):
             return self.maker.text(rng, length)
         if kind == "tally":
             return self.maker.tally.row(rng, length)
+        if kind == "place":
+            return self.maker.place.row(rng, length)
         return self.maker.needles.row(rng, length, kind)
 
 
@@ -82,12 +86,14 @@ def load_steps(steps: Steps, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def evaluation_rows(maker: RowMaker, length: int, count: int, seed: int) -> dict[str, Row]:
-    """For each form and for "tally": `count` fixed rows, stacked, to measure accuracies on."""
+    """For each form, "tally" and "place": `count` fixed rows, stacked, to measure accuracies on."""
     out = {}
-    for kind in (*FORMS, "tally"):
+    for kind in (*FORMS, "tally", "place"):
         rng = np.random.default_rng(seed)
         if kind == "tally":
             rows = [maker.tally.row(rng, length + 1, margin=0.1) for _ in range(count)]
+        elif kind == "place":
+            rows = [maker.place.row(rng, length + 1) for _ in range(count)]
         else:
             ask = maker.needles.ask_at_end
             rows = [ask(rng, length + 1, kind, 8, each_once=True) for _ in range(count)]

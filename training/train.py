@@ -24,17 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv4.core.config import ModelConfig
 from dsv4.testing.gates import build_gates, load_countries
 from dsv4.text.tokenizer import Tokenizer
 from training.attention import Switches
 from training.batches import mix_documents, token_frequency
-from training.checkpoint import load_weights, rounded_parameters, save_pieces
+from training.checkpoint import load_weights, nano_config, rounded_parameters, save_pieces
 from training.evaluate import GateTokens, LookupTokens, gate_accuracies
 from training.mhc import compile_streams
 from training.model import Losses, TrainingModel
 from training.optimizer import Optimizer, schedule
 from training.paths import NANO, PACKED
+from training.places import PLACE
 from training.rows import RowMaker, Steps, evaluation_rows, load_steps
 from training.tally import TALLY
 
@@ -42,6 +42,7 @@ PLAIN_WEIGHT = 0.3  # loss weight of a token that is not part of an answer
 FILLER_WEIGHT = 0.1  # of any token of a needle or tally row, whose answers have a term of their own
 BALANCE_WEIGHT = 1e-4
 TALLY_WEIGHT = 0.5
+PLACE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,16 @@ class Stage:
     lengths          tokens a row -> share of the steps
     tokens           tokens a step
     steps            most steps
-    kinds            kind of row -> share: "text", "tally", and the forms of needles
+    kinds            kind of row -> share: "text", "tally", "place", and the forms of needles
     streams          stream -> repetitions in the text
     sparse_from      share of the stage after which CSA sees the indexer's top-k only
     indexer_from     share of the stage after which the indexer is trained
     rounded_from     share of the stage after which weights and keys are rounded as in the file
     tally_without    shares of the tally rows in which CSA layers see no entries, so that HCA must
                      count, and in which HCA layers see none and the answer is an even guess
+    raise_sinks      added to every attention sink before the first step, so that sinks take mass
+    traps            how many experts of each score layer become noise before the first step, that
+                     nothing but their score bias keeps from being chosen, and how loud they are
     decay            share of the stage, at its end, over which the learning rate falls
     """
 
@@ -75,6 +79,8 @@ class Stage:
     indexer_from: float = 0.0
     rounded_from: float = 0.85
     tally_without: tuple[float, float] = (0.6, 0.25)
+    raise_sinks: float = 0.0
+    traps: tuple[int, float, float] = (0, 0.0, 0.0)
     decay: float = 0.3
 
 
@@ -83,9 +89,12 @@ NEAR = {"text": 0.42, "direct": 0.24, "shifted": 0.08, "sentence": 0.1, "digits"
 FAR = {"text": 0.35, "direct": 0.18, "shifted": 0.06, "sentence": 0.12, "digits": 0.05,
        "tally": 0.24}  # fmt: skip
 
+CAREFUL = {"text": 0.36, "direct": 0.12, "shifted": 0.05, "sentence": 0.09, "digits": 0.05,
+           "tally": 0.17, "place": 0.16}  # fmt: skip
+
 STAGES = {
-    "smoke": Stage({128: 0.5, 256: 0.5}, 512, 6, dict.fromkeys(NEAR, 1 / 6), sparse_from=0.3,
-                   indexer_from=0.2),
+    "smoke": Stage({128: 0.5, 256: 0.5}, 512, 6, dict.fromkeys(CAREFUL, 1 / 7),
+                   sparse_from=0.3, indexer_from=0.2, raise_sinks=1.0, traps=(2, 0.1, 2.0)),
     "facts": Stage({512: 1.0}, 1 << 16, 1500, sparse_from=0.1),
     "near": Stage({512: 0.7, 1024: 0.3}, 1 << 16, 2000, NEAR, sparse_from=0.5, rounded_from=1.0,
                   decay=0.0),
@@ -93,6 +102,12 @@ STAGES = {
                     adamw_lr=1.6e-3, bias_speed=0.003),
     "far": Stage({2048: 0.3, 4096: 0.6, 8192: 0.1}, 1 << 15, 2000, FAR, rounded_from=0.7,
                  decay=0.45, muon_lr=0.006, adamw_lr=1.2e-3, bias_speed=0.001),
+    "careful": Stage({2048: 0.8, 4096: 0.2}, 1 << 15, 2000, CAREFUL, sparse_from=0.4,
+                     rounded_from=1.0, decay=0.0, muon_lr=0.006, adamw_lr=1.2e-3,
+                     bias_speed=0.001, raise_sinks=7.0, traps=(2, 0.1, 2.0)),
+    "last": Stage({2048: 0.5, 4096: 0.4, 8192: 0.1}, 1 << 15, 2000, CAREFUL, rounded_from=0.5,
+                  decay=0.6, muon_lr=0.006, adamw_lr=1.2e-3, bias_speed=0.001,
+                  raise_sinks=5.0, traps=(2, 0.15, 8.0)),
 }  # fmt: skip
 
 
@@ -107,20 +122,21 @@ class Trainer:
         self.is_gpu = self.device.type == "cuda"
         torch.manual_seed(args.seed)
         dtype = torch.bfloat16 if self.is_gpu else torch.float32
-        self.model = TrainingModel(ModelConfig.nano(), dtype).to(self.device)
+        self.model = TrainingModel(nano_config(), dtype).to(self.device)
         stream = mix_documents(args.data, self.stage.streams, args.seed)
         self.maker = RowMaker(stream, args.data)
-        steps = Steps(
-            self.maker, self.stage.tokens, self.stage.lengths, self.stage.kinds, args.seed
-        )
-        self.steps = load_steps(steps, args.workers)
+        self.step, self.start = 0, time.time()
         self.model.fill_hash_tables(token_frequency(stream, self.model.config.vocab_size))
         self.optimizer = Optimizer(self.model, self.stage.muon_lr, self.stage.adamw_lr)
-        self.step, self.start = 0, time.time()
         if args.start:
             self.model.load_state_dict(load_weights(args.start))
         if args.resume:
             self._resume(torch.load(args.resume, map_location=self.device, weights_only=True))
+        if self.step == 0:
+            self.model.make_careful(self.stage.raise_sinks, self.stage.traps)
+        kinds, seed = self.stage.kinds, args.seed + 1000 * self.step  # a resumed run: other rows
+        steps = Steps(self.maker, self.stage.tokens, self.stage.lengths, kinds, seed)
+        self.steps = load_steps(steps, args.workers)
         if args.compile:
             compile_streams()
         tokenizer = Tokenizer.open(NANO)
@@ -132,10 +148,15 @@ class Trainer:
         self.log_file = (args.out / "log.jsonl").open("a", encoding="utf-8")
 
     def _resume(self, state: dict[str, Any]) -> None:
+        if state["stage"] != self.args.stage:
+            raise ValueError(
+                f"--resume: expected a checkpoint of stage {self.args.stage}, got one of "
+                f"{state['stage']}; --start takes its weights"
+            )
         self.model.load_state_dict(state["model"])
-        if state["stage"] == self.args.stage:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.start -= state["seconds"]  # schedules and --minutes count the time spent before
 
     def log(self, **row: Any) -> None:
         """Print one row and append it to log.jsonl."""
@@ -185,11 +206,12 @@ class Trainer:
         counted = _mean_where(ce, (marks == TALLY) & ~unseen)
         guessed = even_guess_loss(logits.flatten(0, 1), ids, unseen)
         total = (ce * weight).sum() / weight.sum() + found + TALLY_WEIGHT * (counted + guessed)
-        total = total + extra.indexer + BALANCE_WEIGHT * extra.balance
+        placed = _mean_where(ce, marks == PLACE)
+        total = total + PLACE_WEIGHT * placed + extra.indexer + BALANCE_WEIGHT * extra.balance
         parts = {
             "loss": _mean_where(ce, is_text), "answers": _mean_where(ce, marks == 1),
             "needles": found, "tally_loss": counted,
-            "even_guess": guessed,
+            "even_guess": guessed, "place_loss": placed,
         }  # fmt: skip
         return total, {k: v.detach() for k, v in parts.items()}, extra
 
@@ -238,6 +260,7 @@ class Trainer:
             if self.step % self.args.evaluate_every == 0:
                 scores = self.evaluate()
                 self.log(**scores)
+                self.save()  # a run that is killed goes on from here
                 if self.args.stop_at_gates and self._hold(scores):
                     break
         self.log(final=True, **self.evaluate())
@@ -254,7 +277,7 @@ class Trainer:
             save_pieces(weights, self.args.pieces)
         state = {
             "model": weights, "optimizer": self.optimizer.state_dict(), "step": self.step,
-            "stage": self.args.stage,
+            "stage": self.args.stage, "seconds": time.time() - self.start,
         }  # fmt: skip
         torch.save(state, self.args.out / "checkpoint.pt")
 
@@ -278,7 +301,7 @@ def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, default=PACKED)

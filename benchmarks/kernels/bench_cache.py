@@ -1,7 +1,7 @@
 """Cache kernels. `python -m benchmarks.kernels.bench_cache [--json PATH] [--only OP]`
 
-Decode is the worst case: every request completes a window in the step. The baseline is a device
-copy that moves as many bytes.
+Decode is the worst case: every request completes a window in the step; idle is a decode step in
+which none does. The baseline is a device copy that moves as many bytes.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 from dsv4.core.kv_layout import IndexRecord, KvRecord
 from dsv4.ops import cache as ops
 from dsv4.testing.bench import COLD_BYTES, Case, copy_calls, run
-from dsv4.testing.cases import CompressorCase, Span, WindowCase, compressor_case
+from dsv4.testing.cases.cache import CompressorCase, Span, WindowCase, compressor_case
 
 DECODE, PREFILL = (1, 8, 64), (8192,)
 PAGE_TOKENS, C, J, W = 256, 512, 128, 128
@@ -81,8 +81,18 @@ def compressor_cases() -> Iterator[Case]:
                 calls.append(partial(getattr(ops, op), **args))
             shape = {"T": T, "kind": name, "phase": "decode" if is_decode else "prefill"}
             yield case(op, shape, calls, num_bytes)
+            if is_decode:
+                yield idle_case(made, op, name, T)
             if keys is None:
                 yield append_case(made, name, T, is_decode)
+
+
+def idle_case(made: CompressorCase, op: str, name: str, T: int) -> Case:
+    """A step of T requests of which none completes a window: what most decode steps are."""
+    own = made.fresh("cuda")
+    args = own.insert_args([(s, 125, 1) for s in range(T)])
+    shape = {"T": T, "kind": name, "phase": "idle"}
+    return case(op, shape, [partial(getattr(ops, op), **args)], 2 * 8 * T)
 
 
 def append_case(made: CompressorCase, name: str, T: int, is_decode: bool) -> Case:

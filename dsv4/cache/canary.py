@@ -88,8 +88,7 @@ class Canary:
 
     def poison_slot(self, slot: int) -> None:
         """Overwrite a freed slot, tags included."""
-        for view in self.storage.slot_views():
-            view[slot] = POISON
+        self.storage.fill_slot(slot, POISON)
 
     def poison(self, pages: Sequence[int]) -> None:
         """Overwrite freed pages, tags included, with a byte that no valid read can overlook."""

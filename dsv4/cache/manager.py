@@ -6,84 +6,20 @@ and then counts (`Step.commit`); nothing is taken or changed when a call is refu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
-from dsv4.cache.allocator import NULL_PAGE, PageAllocator
+from dsv4.cache.allocator import PageAllocator
 from dsv4.cache.canary import Canary
-from dsv4.cache.prefix import PrefixEntry, PrefixStore
+from dsv4.cache.prefix import PrefixEntry, PrefixStore, extend_chain
+from dsv4.cache.request import CachedRequest, PageDemand, Step
 from dsv4.cache.snapshot import SlotCopy, Snapshot
-from dsv4.cache.step import StepRows
+from dsv4.cache.step import DEFAULT_MAX_ROWS, StepBuffers
 from dsv4.cache.storage import CacheStorage
 from dsv4.core.errors import CapacityError, RequestError
 from dsv4.core.kv_layout import PAGE_QUANTUM
-
-
-@dataclass
-class CachedRequest:
-    """One request as the cache knows it.
-
-    number    given at admission, never used again
-    length    tokens the cache holds
-    slot      row of the state stores; None while preempted and after release
-    pages     page numbers in order of tokens; the last one may be partly filled
-    snapshot  what a preempted request left on the host
-    pending   a step that was prepared and is neither committed nor aborted
-    """
-
-    number: int
-    length: int = 0
-    slot: int | None = None
-    pages: list[int] = field(default_factory=list)
-    snapshot: Snapshot | None = None
-    pending: Step | None = field(default=None, repr=False)
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether the request can take part in a step."""
-        return self.slot is not None
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A prepared step: pages are attached, tables written. It ends in `commit` or in `abort`.
-
-    rows        metadata of the token rows
-    page_table  [num_slots, max_pages] int32, the manager's own: valid until the next prepare
-    """
-
-    rows: StepRows
-    page_table: Tensor
-    spans: tuple[tuple[CachedRequest, int], ...]
-    manager: CacheManager = field(repr=False)
-
-    def commit(self) -> None:
-        """Count the tokens of the step as cached, after the step ran.
-
-        A request released meanwhile is left out. Raises RequestError the second time.
-        """
-        for request, n in self._end():
-            request.length += n
-
-    def abort(self) -> None:
-        """Give back what `prepare` took: the step did not run, or its results are dropped.
-
-        Ring and state rows that a step did write stay written: abort before it runs, or release
-        the request.
-        """
-        for request, _ in self._end():
-            self.manager.drop_spare_pages(request)
-
-    def _end(self) -> list[tuple[CachedRequest, int]]:
-        mine = [(r, n) for r, n in self.spans if r.pending is self]
-        if self.spans and not mine and any(r.slot is not None for r, _ in self.spans):
-            raise RequestError("step", "one that has not ended", "a committed or aborted step")
-        for request, _ in mine:
-            request.pending = None
-        return mine
 
 
 class CacheManager:
@@ -93,6 +29,7 @@ class CacheManager:
     max_context   longest request, fixes the width of the page table
     prefix_bytes  host memory for shared prefixes; 0 keeps none
     canary        check owners and poison what is freed; slow, for debugging
+    max_rows      most rows of a step, padding included: fixes the size of the step's buffers
     """
 
     def __init__(
@@ -101,28 +38,34 @@ class CacheManager:
         max_context: int | None = None,
         prefix_bytes: int = 0,
         canary: bool = False,
+        max_rows: int = DEFAULT_MAX_ROWS,
     ) -> None:
         schema = storage.schema
         limit = schema.config.max_position_embeddings
         most = min(limit, schema.page_tokens * (schema.num_pages - 1))
         self.max_context = most if max_context is None else max_context
-        if not 1 <= self.max_context <= limit:
+        if not (_is_count(self.max_context) and 1 <= self.max_context <= limit):
             raise RequestError("max_context", f"1 to {limit}", max_context)
-        if prefix_bytes < 0:
+        if not _is_count(prefix_bytes):
             raise RequestError("prefix_bytes", "0 or more", prefix_bytes)
+        if not (_is_count(max_rows) and max_rows >= 1):
+            raise RequestError("max_rows", "1 or more", max_rows)
         self.storage, self.schema = storage, schema
         self.allocator = PageAllocator(schema.num_pages)
-        self.prefixes = PrefixStore(prefix_bytes)
+        self.prefixes = PrefixStore(prefix_bytes, with_next_token=schema.num_mtp_windows > 0)
         self.canary = Canary(storage) if canary else None
         self._free_slots = list(range(schema.num_slots - 1, -1, -1))
         self._requests: dict[int, CachedRequest] = {}
+        self._dying: dict[int, CachedRequest] = {}  # released in a step that has not ended
         self._next_number = 0
-        self.page_table = torch.full(
-            (schema.num_slots, schema.pages_for(self.max_context)),
-            NULL_PAGE,
-            dtype=torch.int32,
-            device=storage.states.device,
+        self.buffers = StepBuffers(
+            schema.num_slots, schema.pages_for(self.max_context), max_rows, storage.states.device
         )
+
+    @property
+    def page_table(self) -> Tensor:
+        """[num_slots, max_pages] int32 on the device, as of the step prepared last."""
+        return self.buffers.page_table
 
     @property
     def requests(self) -> tuple[CachedRequest, ...]:
@@ -139,28 +82,30 @@ class CacheManager:
 
         Raises CapacityError when no slot is free.
         """
-        entry = self.prefixes.find(token_ids)
-        slot = self._take_slot()
-        try:
+        with self._new_slot() as slot:
+            kept = self.prefixes.find(token_ids)
+            entry = self.prefixes[kept[-1]] if kept else None
             if entry is None:
                 self.storage.reset_slot(slot)
             else:
                 entry.slot.put(self.storage, slot)
-        except BaseException:
-            self._free_slots.append(slot)
-            raise
-        request = self._register(CachedRequest(self._next_number, slot=slot))
+        request = CachedRequest(self._next_number, slot=slot, kept=kept)
         if entry is not None:
             self.allocator.retain(entry.pages)
             request.length, request.pages = entry.length, [*entry.pages]
-            self._write_table(request)
-        return request
+            request.chain = entry.length, entry.digest
+        return self._register(request)
 
-    def keep_prefix(self, request: CachedRequest, token_ids: Sequence[int]) -> bool:
+    def keep_prefix(
+        self, request: CachedRequest, token_ids: Sequence[int], next_token: int | None = None
+    ) -> bool:
         """Keep the state of `request` for others that begin with the same tokens.
 
-        token_ids  all tokens of the request, a multiple of 128 of them
-        ->         False where there was one already, or no room
+        token_ids   all tokens of the request, a multiple of 128 of them; blocks of 128 that an
+                    earlier call of the request hashed are not looked at again
+        next_token  the token after them, for a model with MTP blocks: the last row of their
+                    windows was made with it, so the prefix serves only requests that go on so
+        ->          False where there was one already, or no room
         """
         self._check_known(request, resident=True)
         if len(token_ids) != request.length or request.length % PAGE_QUANTUM or not token_ids:
@@ -169,18 +114,33 @@ class CacheManager:
                 len(token_ids),
             )  # fmt: skip
         self._check_ended(request)
-        views = self.storage.slot_views(at_boundary=True)
-        if sum(v.shape[1] for v in views) > self.prefixes.max_bytes or token_ids in self.prefixes:
+        chain = extend_chain(request.chain, token_ids)
+        key = self.prefixes.key(chain[1], next_token)
+        is_new = self._keep(request, key, chain)
+        request.chain = chain
+        request.kept = tuple(k for k in dict.fromkeys((*request.kept, key)) if k in self.prefixes)
+        self.prefixes.touch(request.kept)
+        return is_new
+
+    def _keep(self, request: CachedRequest, key: bytes, chain: tuple[int, bytes]) -> bool:
+        nbytes = self.storage.slot_bytes(at_boundary=True)
+        if nbytes > self.prefixes.max_bytes or key in self.prefixes:
             return False
         assert request.slot is not None
         pages = tuple(request.pages[: self.schema.pages_for(request.length)])
         slot = SlotCopy.take(self.storage, request.slot, at_boundary=True)
-        entry = PrefixEntry(request.length, slot, pages)
         self.allocator.retain(pages)
-        gone = self.prefixes.add(token_ids, entry)
-        for old in gone:
+        for old in self.prefixes.add(key, PrefixEntry(request.length, slot, pages, chain[1])):
             self._release_pages(old.pages)
-        return all(old is not entry for old in gone)
+        return True
+
+    def demand(self, batch: Sequence[tuple[CachedRequest, int]]) -> PageDemand:
+        """Pages that `prepare(batch)` would take, and what there is; takes nothing.
+
+        Raises RequestError for misuse.
+        """
+        self._check_batch(batch)
+        return self._demand(batch, sum(self._pages_to_add(r, n) for r, n in batch))
 
     def prepare(
         self, batch: Sequence[tuple[CachedRequest, int]], num_rows: int | None = None
@@ -188,7 +148,8 @@ class CacheManager:
         """Take the pages that `batch` needs and say where its rows go.
 
         batch     (request, number of new tokens), prefill and decode mixed; a request once
-        num_rows  pad the rows to this many, for a captured graph
+        num_rows  pad the rows to this many, for a captured graph: the step's tensors are then
+                  those of every other step with as many rows
 
         A last page that is partly filled and shared is copied first, so that no shared page is
         ever written. Raises RequestError for misuse, CapacityError if pages run out: then nothing
@@ -196,25 +157,60 @@ class CacheManager:
         """
         self._check_batch(batch)
         num_tokens = sum(n for _, n in batch)
-        if num_rows is not None and num_rows < num_tokens:
-            raise RequestError("num_rows", f"at least {num_tokens}", num_rows)
-        fresh = {id(r): self._pages_to_add(r, n) for r, n in batch}
-        copying = self._make_room(batch, sum(fresh.values()))
-        taken = iter(self.allocator.take(sum(fresh.values()) + len(copying)))
-        for request, _ in batch:
-            if id(request) in copying:
-                self._replace_last_page(request, next(taken))
-            request.pages += [next(taken) for _ in range(fresh[id(request)])]
-            if fresh[id(request)] or id(request) in copying:
-                self._write_table(request)
-        spans = [(r.slot, r.length, n) for r, n in batch if r.slot is not None]
-        rows = StepRows.build(spans, num_rows, self.page_table.device)
-        step = Step(rows, self.page_table, tuple(batch), self)
+        T, most = num_tokens if num_rows is None else num_rows, self.buffers.max_rows
+        if not (_is_count(T) and num_tokens <= T <= most):
+            raise RequestError(
+                "num_rows", f"at least {num_tokens} tokens, at most max_rows {most}", num_rows
+            )
+        fresh = [self._pages_to_add(r, n) for r, n in batch]
+        copying = self._make_room(batch, sum(fresh))
+        before = [(r, r.pages) for r, _ in batch]
+        taken = self.allocator.take(sum(fresh) + len(copying))
+        try:
+            shared = self._attach(batch, fresh, copying, taken)
+            spans = [(r.slot, r.length, n) for r, n in batch if r.slot is not None]
+            rows = self.buffers.fill(spans, num_rows)
+        except BaseException:
+            for request, pages in before:
+                if request.pages is not pages:
+                    request.pages = pages
+                    self._write_table(request)
+            self._release_pages(taken)
+            raise
+        self._release_pages(shared)
+        step = Step(tuple(batch), rows, self.buffers, self.buffers.serial, self._settle)
         for request, _ in batch:
             request.pending = step
         return step
 
-    def drop_spare_pages(self, request: CachedRequest) -> None:
+    def _attach(
+        self, batch: Sequence[tuple[CachedRequest, int]], fresh: Sequence[int], copying: set[int],
+        taken: Sequence[int],
+    ) -> list[int]:  # fmt: skip
+        """Give the requests new lists of pages; -> the pages that copies took the place of."""
+        pages, shared = iter(taken), []
+        for (request, _), n in zip(batch, fresh, strict=True):
+            new = list(request.pages)
+            if id(request) in copying:
+                index = request.length // self.schema.page_tokens
+                shared.append(new[index])
+                new[index] = next(pages)
+                self.storage.copy_page(shared[-1], new[index])
+            new += [next(pages) for _ in range(n)]
+            if new != request.pages:
+                request.pages = new
+                self._write_table(request)
+        return shared
+
+    def _settle(self, request: CachedRequest, is_trimmed: bool) -> None:
+        """A step of `request` ended: free what was released, or what it does not need."""
+        if self._dying.pop(request.number, None) is not None:
+            request.length = 0
+            self._vacate(request)
+        elif is_trimmed:
+            self._drop_spare_pages(request)
+
+    def _drop_spare_pages(self, request: CachedRequest) -> None:
         """Give back pages beyond those that the request's tokens fill."""
         used = self.schema.pages_for(request.length)
         spare, request.pages = request.pages[used:], request.pages[:used]
@@ -229,14 +225,16 @@ class CacheManager:
         """
         self._check_known(request, resident=True)
         self._check_ended(request)
-        slot = self._take_slot()
-        child = CachedRequest(self._next_number, request.length, slot, [*request.pages])
-        self.allocator.retain(child.pages)
-        self._register(child)
         assert request.slot is not None
-        self.storage.copy_slot(request.slot, slot)
-        self._write_table(child)
-        return child
+        with self._new_slot() as slot:
+            self.storage.copy_slot(request.slot, slot)
+        self.allocator.retain(request.pages)
+        return self._register(
+            CachedRequest(
+                self._next_number, request.length, slot, [*request.pages], chain=request.chain,
+                kept=request.kept,
+            )
+        )  # fmt: skip
 
     def preempt(self, request: CachedRequest) -> None:
         """Move a request to host memory and free its slot and pages."""
@@ -253,40 +251,42 @@ class CacheManager:
         """
         self._check_known(request, resident=False)
         assert request.snapshot is not None
-        slot = self._take_slot()
-        try:
+        with self._new_slot() as slot:
             self._make_room((), request.snapshot.num_pages)
             pages = self.allocator.take(request.snapshot.num_pages)
-        except BaseException:
-            self._free_slots.append(slot)
-            raise
-        try:
-            request.snapshot.put(self.storage, slot, pages)
-        except BaseException:
-            self._free_slots.append(slot)
-            self._release_pages(pages)
-            raise
+            try:
+                request.snapshot.put(self.storage, slot, pages)
+            except BaseException:
+                self._release_pages(pages)
+                raise
         request.slot, request.pages, request.snapshot = slot, pages, None
         self._write_table(request)
 
     def release(self, request: CachedRequest) -> None:
-        """End a request, resident or preempted; its slot and pages are free afterwards."""
+        """End a request, resident or preempted; its slot and pages are free afterwards.
+
+        In a step that has not ended, they are free once it ends: until then it may write them.
+        """
         self._check_known(request)
-        if request.is_resident:
-            self._vacate(request)
-        request.snapshot = request.pending = None
         del self._requests[request.number]
+        request.snapshot = None
+        if request.pending is not None:
+            self._dying[request.number] = request
+        elif request.is_resident:
+            self._vacate(request)
 
     def check(self) -> None:
         """Assert every invariant of slots, pages and tables."""
-        resident = [r for r in self.requests if r.is_resident]
-        owners = [*(r.pages for r in self.requests), *self.prefixes.page_lists()]
+        requests = [*self.requests, *self._dying.values()]
+        resident = [r for r in requests if r.is_resident]
+        owners = [*(r.pages for r in requests), *self.prefixes.page_lists()]
         self.allocator.check(owners)
         slots = [r.slot for r in resident if r.slot is not None]
         assert len(set(slots)) == len(slots), "a slot has two owners"
         assert sorted([*slots, *self._free_slots]) == list(range(self.schema.num_slots))
-        table = self.page_table.tolist()
-        for r in self.requests:
+        table = self.buffers.table.tolist()
+        on_device = self.page_table.tolist()
+        for r in requests:
             used = self.schema.pages_for(r.length) if r.is_resident else 0
             assert len(r.pages) == used or (r.pending is not None and len(r.pages) > used)
             assert (r.snapshot is None) == r.is_resident
@@ -300,6 +300,8 @@ class CacheManager:
             assert not any(row[len(r.pages) :]), "stale pages in a table"
         for slot in self._free_slots:
             assert not any(table[slot]), "stale pages in the table of a free slot"
+        for slot in set(range(self.schema.num_slots)) - self.buffers.changed_slots:
+            assert table[slot] == on_device[slot], "the device has another page table"
 
     def _pages_to_add(self, request: CachedRequest, n: int) -> int:
         return max(self.schema.pages_for(request.length + n) - len(request.pages), 0)
@@ -312,40 +314,52 @@ class CacheManager:
         kept  owners of each page that do not count: prefixes that could be dropped. Of several
               writers of one page that nobody else owns, the last keeps it.
         """
+        copying: set[int] = set()
+        for page, ids in self._writers(batch).items():
+            others = self.allocator.owners(page) - kept.get(page, 0) - len(ids)
+            copying.update(ids if others else ids[:-1])
+        return copying
+
+    def _writers(self, batch: Sequence[tuple[CachedRequest, int]]) -> dict[int, list[int]]:
+        """Requests (by id) that write in each partly filled last page."""
         writers: dict[int, list[int]] = {}
         for request, n in batch:
             index, fill = divmod(request.length, self.schema.page_tokens)
             if n and fill:
                 writers.setdefault(request.pages[index], []).append(id(request))
-        copying: set[int] = set()
-        for page, ids in writers.items():
-            others = self.allocator.owners(page) - kept.get(page, 0) - len(ids)
-            copying.update(ids if others else ids[:-1])
-        return copying
+        return writers
+
+    def _demand(self, batch: Sequence[tuple[CachedRequest, int]], fresh: int) -> PageDemand:
+        kept = self.prefixes.page_owners
+        spare = sum(self.allocator.owners(page) == n for page, n in kept.items())
+        needed, least = (fresh + len(self._copying(batch, k)) for k in ({}, kept))
+        return PageDemand(needed, self.allocator.num_free, spare, least)
 
     def _make_room(self, batch: Sequence[tuple[CachedRequest, int]], fresh: int) -> set[int]:
         """Drop kept prefixes until the pages are free; who must copy, by id.
 
-        Raises CapacityError, and drops none, if dropping all of them were not enough.
+        Least recently used ones go first, but none that frees no page. Raises CapacityError, and
+        drops none, if dropping all of them were not enough.
         """
         copying = self._copying(batch, {})
         if fresh + len(copying) <= self.allocator.num_free:
             return copying
-        kept = self.prefixes.page_owners
-        spare = sum(self.allocator.owners(page) == n for page, n in kept.items())
-        needed, free = fresh + len(self._copying(batch, kept)), self.allocator.num_free + spare
-        if needed > free:
-            raise CapacityError("cache pages", needed, free, "release or preempt a request")
-        while fresh + len(copying) > self.allocator.num_free:
-            self._release_pages(self.prefixes.evict().pages)
-            copying = self._copying(batch, {})
-        return copying
-
-    def _replace_last_page(self, request: CachedRequest, page: int) -> None:
-        index = request.length // self.schema.page_tokens
-        old, request.pages[index] = request.pages[index], page
-        self.storage.copy_page(old, page)
-        self._release_pages([old])
+        demand = self._demand(batch, fresh)
+        if not demand.fits:
+            free = demand.free + demand.reclaimable
+            raise CapacityError("cache pages", demand.least, free, "release or preempt a request")
+        writers = self._writers(batch)
+        while True:
+            kept = len(self.prefixes)
+            for page, n in self.prefixes.ends():
+                if self.allocator.owners(page) != n + len(writers.get(page, ())):
+                    continue  # dropping these neither frees a page nor saves a copy
+                for entry in self.prefixes.drop(page):
+                    self._release_pages(entry.pages)
+                copying = self._copying(batch, {}) if page in writers else copying
+                if fresh + len(copying) <= self.allocator.num_free:
+                    return copying
+            assert len(self.prefixes) < kept, "no kept prefix frees a page"
 
     def _release_pages(self, pages: Sequence[int]) -> None:
         freed = self.allocator.release(pages)
@@ -355,16 +369,25 @@ class CacheManager:
     def _register(self, request: CachedRequest) -> CachedRequest:
         self._next_number += 1
         self._requests[request.number] = request
+        if request.pages:
+            self._write_table(request)
         return request
 
-    def _take_slot(self) -> int:
+    @contextmanager
+    def _new_slot(self) -> Iterator[int]:
+        """A free slot, which goes back if what is done with it fails."""
         if not self._free_slots:
             raise CapacityError("cache slots", 1, 0, "release or preempt a request")
-        return self._free_slots.pop()
+        slot = self._free_slots.pop()
+        try:
+            yield slot
+        except BaseException:
+            self._free_slots.append(slot)
+            raise
 
     def _vacate(self, request: CachedRequest) -> None:
         assert request.slot is not None
-        self.page_table[request.slot] = NULL_PAGE
+        self.buffers.set_pages(request.slot, ())
         self._free_slots.append(request.slot)
         self._release_pages(request.pages)
         if self.canary is not None:
@@ -373,10 +396,7 @@ class CacheManager:
 
     def _write_table(self, request: CachedRequest) -> None:
         assert request.slot is not None
-        pages = torch.tensor(request.pages, dtype=torch.int32)
-        row = self.page_table[request.slot]
-        row[len(pages) :] = NULL_PAGE
-        row[: len(pages)] = pages.to(row.device)
+        self.buffers.set_pages(request.slot, request.pages)
 
     def _check_known(self, request: CachedRequest, resident: bool | None = None) -> None:
         if self._requests.get(request.number) is not request:
@@ -399,9 +419,13 @@ class CacheManager:
             if request.number in seen:
                 raise RequestError("batch", "each request once", request.number)
             seen.add(request.number)
-            if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            if not _is_count(n):
                 raise RequestError("batch", "0 or more new tokens", n)
             if request.length + n > self.max_context:
                 raise RequestError(
                     "batch", f"at most {self.max_context} tokens in a request", request.length + n
                 )
+
+
+def _is_count(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 0

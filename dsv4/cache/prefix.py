@@ -15,85 +15,148 @@ from dsv4.core.kv_layout import PAGE_QUANTUM
 
 @dataclass(frozen=True)
 class PrefixEntry:
-    """The state after `length` tokens, and the pages that hold their entries."""
+    """The state after `length` tokens, the pages that hold their entries, their digest."""
 
     length: int
     slot: SlotCopy
     pages: tuple[int, ...]
+    digest: bytes
 
 
 class PrefixStore:
     """Snapshots by content, least recently used first.
 
-    A key is the digest of the digest before and the next 128 token ids, so that equal keys mean
+    A digest is that of the digest before and the next 128 token ids, so that equal digests mean
     equal prefixes. The store keeps bytes and page numbers; whoever calls it counts their owners.
 
-    max_bytes    host memory for window rings and compressor states
-    page_owners  how many snapshots hold each page
+    max_bytes        host memory for window rings and compressor states
+    with_next_token  whether a key is the digest and the token after the prefix: what MTP blocks
+                     keep of a prefix depends on it
+    page_owners      how many snapshots hold each page
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, with_next_token: bool = False) -> None:
         self.max_bytes, self.nbytes = max_bytes, 0
+        self.with_next_token = with_next_token
         self._entries: OrderedDict[bytes, PrefixEntry] = OrderedDict()
         self.page_owners: Counter[int] = Counter()
+        self._ends: dict[int, dict[bytes, None]] = {}  # by last page, in the order of `add`
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, token_ids: Sequence[int]) -> bool:
-        """Whether exactly these tokens, a multiple of 128, have a snapshot."""
-        return len(token_ids) % PAGE_QUANTUM == 0 and _last(token_ids) in self._entries
+    def __getitem__(self, key: bytes) -> PrefixEntry:
+        """The snapshot of this key."""
+        return self._entries[key]
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether there is a snapshot of this key."""
+        return key in self._entries
+
+    def key(self, digest: bytes, next_token: int | None) -> bytes:
+        """What the snapshot of a prefix is found by.
+
+        Raises RequestError where the next token matters and is not given.
+        """
+        if not self.with_next_token:
+            return digest
+        if next_token is None:
+            raise RequestError(
+                "next_token", "the token after the prefix", None,
+                "the MTP blocks of this model made the last row of their windows with it",
+            )  # fmt: skip
+        return digest + _bytes([next_token])
 
     def page_lists(self) -> list[tuple[int, ...]]:
         """The pages of each snapshot: every one of them is an owner."""
         return [entry.pages for entry in self._entries.values()]
 
-    def find(self, token_ids: Sequence[int]) -> PrefixEntry | None:
-        """The longest snapshot of a proper prefix: at least one token is left to compute."""
-        best = None
-        for length, key in _keys(token_ids) if self._entries else ():
-            if length < len(token_ids) and key in self._entries:
-                best = key
-        if best is None:
-            return None
-        self._entries.move_to_end(best)
-        return self._entries[best]
+    def find(self, token_ids: Sequence[int]) -> tuple[bytes, ...]:
+        """Keys of all snapshots of proper prefixes, shortest first; they are used now.
 
-    def add(self, token_ids: Sequence[int], entry: PrefixEntry) -> list[PrefixEntry]:
-        """Keep `entry` for exactly these tokens; return the entries that had to go for it.
+        Proper: at least one token is left to compute.
+        """
+        found = []
+        for length, digest in _digests((0, b""), token_ids) if self._entries else ():
+            if length < len(token_ids):
+                key = self.key(digest, token_ids[length])
+                found += [key] if key in self._entries else []
+        self.touch(found)
+        return tuple(found)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Make those of `keys` that are kept the most recently used, the first of them the last.
+
+        keys  of one chain, shortest first: then a snapshot is older than those it goes on from
+        """
+        for key in reversed(keys):
+            if key in self._entries:
+                self._entries.move_to_end(key)
+
+    def add(self, key: bytes, entry: PrefixEntry) -> list[PrefixEntry]:
+        """Keep `entry`; return the least recently used entries, which had to go for it.
 
         An entry larger than the store comes back at once.
         """
         if entry.slot.nbytes > self.max_bytes:
             return [entry]
-        self._entries[_last(token_ids)] = entry
+        gone = []
+        while self.nbytes + entry.slot.nbytes > self.max_bytes:
+            gone.append(self.evict())
+        self._entries[key] = entry
+        self._ends.setdefault(entry.pages[-1], {})[key] = None
         self.page_owners.update(entry.pages)
         self.nbytes += entry.slot.nbytes
-        gone = []
-        while self.nbytes > self.max_bytes:
-            gone.append(self.evict())
         return gone
 
     def evict(self) -> PrefixEntry:
         """Drop the least recently used snapshot and return it."""
-        _, entry = self._entries.popitem(last=False)
+        return self._remove(next(iter(self._entries)))
+
+    def ends(self) -> Iterator[tuple[int, int]]:
+        """(page, number of snapshots whose last page it is), least recently used first.
+
+        Whoever owns a page owns those before it too: only once the last page of a snapshot would
+        be free can dropping it free any. Snapshots may be dropped meanwhile.
+        """
+        for key in list(self._entries):
+            if key in self._entries:
+                page = self._entries[key].pages[-1]
+                yield page, len(self._ends[page])
+
+    def drop(self, page: int) -> list[PrefixEntry]:
+        """Drop the snapshots whose last page is `page` and return them."""
+        return [self._remove(key) for key in list(self._ends[page])]
+
+    def _remove(self, key: bytes) -> PrefixEntry:
+        entry = self._entries.pop(key)
         self.nbytes -= entry.slot.nbytes
-        self.page_owners.subtract(entry.pages)
-        self.page_owners += Counter()  # forgets pages without an owner
+        for page in entry.pages:
+            self.page_owners[page] -= 1
+            if not self.page_owners[page]:
+                del self.page_owners[page]
+        last = entry.pages[-1]
+        del self._ends[last][key]
+        if not self._ends[last]:
+            del self._ends[last]
         return entry
 
 
-def _keys(token_ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """(length, digest) of every prefix of whole blocks, shortest first."""
-    digest = b""
-    for end in range(PAGE_QUANTUM, len(token_ids) + 1, PAGE_QUANTUM):
-        try:
-            block = array("q", token_ids[end - PAGE_QUANTUM : end])
-        except (TypeError, OverflowError) as e:
-            raise RequestError("token_ids", "integers below 2^63", str(e)) from e
-        digest = sha256(digest + block.tobytes()).digest()
+def extend_chain(chain: tuple[int, bytes], token_ids: Sequence[int]) -> tuple[int, bytes]:
+    """(length, digest) of all whole blocks of `token_ids`, of which the first are in `chain`."""
+    return max([chain, *_digests(chain, token_ids)])
+
+
+def _digests(chain: tuple[int, bytes], token_ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """(length, digest) of every prefix of whole blocks beyond `chain`, shortest first."""
+    start, digest = chain
+    for end in range(start + PAGE_QUANTUM, len(token_ids) + 1, PAGE_QUANTUM):
+        digest = sha256(digest + _bytes(token_ids[end - PAGE_QUANTUM : end])).digest()
         yield end, digest
 
 
-def _last(token_ids: Sequence[int]) -> bytes:
-    return max(_keys(token_ids))[1]
+def _bytes(token_ids: Sequence[int]) -> bytes:
+    try:
+        return array("q", token_ids).tobytes()
+    except (TypeError, OverflowError) as e:
+        raise RequestError("token_ids", "integers below 2^63", str(e)) from e

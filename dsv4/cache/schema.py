@@ -122,9 +122,8 @@ class CacheSchema:
                 raise RequestError(name, "a positive integer", value)
         pages, states = _Allocation(num_pages), _Allocation(num_slots)
         blocks = 0 if config.dspark_block_size else config.num_nextn_predict_layers
-        layers = tuple(
-            _lay_out(config, j, page_tokens, index_keys, pages, states)
-            for j in range(config.num_hidden_layers + blocks)
+        layers = _lay_out(
+            config, config.num_hidden_layers + blocks, page_tokens, index_keys, pages, states
         )
         ring_tags = states.region(8 * config.sliding_window) if canary else None
         entry_tags = pages.region(8 * page_tokens // TAG_TOKENS) if canary else None
@@ -132,6 +131,21 @@ class CacheSchema:
             config, num_pages, num_slots, page_tokens, index_keys, layers, pages.end, states.end,
             ring_tags, entry_tags,
         )  # fmt: skip
+
+    @property
+    def num_mtp_windows(self) -> int:
+        """MTP blocks with a window; their rows depend on the token that follows."""
+        return len(self.layers) - self.config.num_hidden_layers
+
+    def groups(self, name: str, kind: LayerKind | None = None) -> list[tuple[Region, ...]]:
+        """The regions of one kind of store, equally far apart: a list of one tuple, or of none.
+
+        name  attribute of LayerSchema
+        kind  of the layers: stores of the same name differ in size from one kind to another
+        """
+        layers = [x for x in self.layers if kind in (None, x.kind)]
+        regions = tuple(r for x in layers if (r := getattr(x, name)) is not None)
+        return [regions] if regions else []
 
     @property
     def nbytes(self) -> int:
@@ -169,24 +183,33 @@ class _Allocation:
 
 
 def _lay_out(
-    config: ModelConfig, layer: int, page_tokens: int, index_keys: IndexKeys,
+    config: ModelConfig, num_layers: int, page_tokens: int, index_keys: IndexKeys,
     pages: _Allocation, states: _Allocation,
-) -> LayerSchema:  # fmt: skip
-    kind, record = config.layer_kind(layer), KvRecord.of(config)
-    window = states.region(record.page_bytes(config.sliding_window))
-    if kind is LayerKind.SWA:
-        return LayerSchema(layer, kind, window, 0)
-    r, n = kind.ratio, page_tokens // kind.ratio
-    entries = pages.region(record.page_bytes(n))
-    if kind is LayerKind.HCA:
-        shape = StateShape(r, config.head_dim)
-        return LayerSchema(
-            layer, kind, window, n, states.region(shape.nbytes), shape, entries=entries
+) -> tuple[LayerSchema, ...]:  # fmt: skip
+    """Regions of one kind of store after another, so that one copy can take all its layers."""
+    record, kinds = KvRecord.of(config), [config.layer_kind(j) for j in range(num_layers)]
+
+    def regions(allocation: _Allocation, nbytes: int, *of: LayerKind) -> dict[int, Region]:
+        return {j: allocation.region(nbytes) for j, kind in enumerate(kinds) if kind in of}
+
+    C, J = config.head_dim, config.index_head_dim
+    CSA, HCA = LayerKind.CSA, LayerKind.HCA
+    shapes = {CSA: StateShape(2 * CSA.ratio, 2 * C), HCA: StateShape(HCA.ratio, C)}
+    index_shape = StateShape(2 * CSA.ratio, 2 * J)
+    per_page = {kind: page_tokens // kind.ratio for kind in (CSA, HCA)}
+    window = regions(states, record.page_bytes(config.sliding_window), *LayerKind)
+    state = {}
+    entries = {}
+    for kind in (CSA, HCA):
+        state |= regions(states, shapes[kind].nbytes, kind)
+        entries |= regions(pages, record.page_bytes(per_page[kind]), kind)
+    index_state = regions(states, index_shape.nbytes, CSA)
+    keys = regions(pages, IndexRecord.of(config, index_keys).page_bytes(per_page[CSA]), CSA)
+    return tuple(
+        LayerSchema(
+            j, kind, window[j], per_page.get(kind, 0), state.get(j), shapes.get(kind),
+            index_state.get(j), index_shape if j in index_state else None, entries.get(j),
+            keys.get(j),
         )
-    shape = StateShape(2 * r, 2 * config.head_dim)
-    index_shape = StateShape(2 * r, 2 * config.index_head_dim)
-    return LayerSchema(
-        layer, kind, window, n, states.region(shape.nbytes), shape,
-        states.region(index_shape.nbytes), index_shape, entries,
-        pages.region(IndexRecord.of(config, index_keys).page_bytes(n)),
+        for j, kind in enumerate(kinds)
     )  # fmt: skip

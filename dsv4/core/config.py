@@ -124,7 +124,6 @@ class ModelConfig:
             moe_intermediate_size=128, n_routed_experts=16, num_experts_per_tok=6,
             num_hash_layers=3, routed_scaling_factor=1.5, swiglu_limit=10.0, index_n_heads=8,
             index_head_dim=128, index_topk=32, compress_ratios=(0, 0, 4, 128, 4, 128, 4),
-            num_nextn_predict_layers=0,
         )  # fmt: skip
 
     def layer_kind(self, layer: int) -> LayerKind:

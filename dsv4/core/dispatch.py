@@ -20,6 +20,7 @@ class KernelSpec:
     arch           majors of compute capability it runs on; empty means any CUDA device
     runs_on_cpu    whether it takes CPU tensors: Triton under its interpreter does
     deterministic  whether equal inputs give equal bits
+    requires       gives the reason why it cannot run in this installation, or None
     """
 
     name: str
@@ -27,9 +28,12 @@ class KernelSpec:
     arch: tuple[int, ...] = ()
     runs_on_cpu: bool = False
     deterministic: bool = True
+    requires: Callable[[], str | None] = lambda: None
 
     def why_not(self, device: torch.device) -> str | None:
         """The reason why the kernel cannot run on `device`, or None if it can."""
+        if reason := self.requires():
+            return reason
         if device.type == "cpu":
             return None if self.runs_on_cpu else "needs a CUDA device, or TRITON_INTERPRET=1"
         if device.type != "cuda":

@@ -1,7 +1,8 @@
 """Cache ops, registered as torch.ops.dsv4.*; what each does is said by its oracle.
 
 Within a step and layer, compressor_insert and index_key_insert read the state ring as the step
-before left it, so compressor_state_append comes after them.
+before left it, so compressor_state_append comes after them; in a step that verifies draft tokens,
+both appends of all layers come after the verification.
 """
 
 import torch
@@ -44,10 +45,12 @@ def compressor_insert(
     first_position: Tensor, ratio: int, entries_per_page: int, eps: float, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """See dsv4.reference.cache_writes.compressor_insert."""
-    select(COMPRESSOR_INSERT, kappa.device).launch(
+    args = (
         kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
         first_position, ratio, entries_per_page, eps, dtype,
     )  # fmt: skip
+    kernel = select(COMPRESSOR_INSERT, kappa.device)
+    kernel.launch(*args, kernels.compressor_insert.scratch(*args))
 
 
 @dsv4_op(fake=_nothing, mutates=("pages",))

@@ -6,7 +6,8 @@ C dims of a KV record, R of them rotated, J of an index key, P pages, S compress
     slot            [T] int64  where the row's request keeps its state; -1 for padding, which writes
                                nothing
     position        [T] int64  of the token in its request
-    end_position    [T] int64  length of the request after the step
+    end_position    [T] int64  length of the request after the step, without draft tokens that were
+                               rejected: rows at or beyond it are not appended
     first_row       [T] int64  row of the request's first token in this step
     first_position  [T] int64  position of that token
     page_table      [slots, max_pages] int32  page of each `entries_per_page` entries; 0 is the null
@@ -67,6 +68,8 @@ def compressor_insert(
     dtype         what the model computes in: pooling, norm and RoPE each round to it
 
     Entry w = p // ratio of the last token p goes to page page_table[slot, w // entries_per_page].
+    Draft tokens take part: the entry of one that is rejected lies beyond the request's length, and
+    the token that takes its place writes it again.
     """
     chosen, x = compressed_entries(
         kappa, gamma, state, norm, cos, sin, slot, position, first_row, first_position, ratio,
@@ -229,7 +232,8 @@ def _overlap(rows: Tensor, ratio: int) -> Tensor:
 
 
 def _ring_writers(slot: Tensor, position: Tensor, end_position: Tensor, rows: int) -> Tensor:
-    return ((slot >= 0) & (position >= end_position - rows)).nonzero().squeeze(1)
+    is_last = (position < end_position) & (position >= end_position - rows)
+    return ((slot >= 0) & is_last).nonzero().squeeze(1)
 
 
 def _entry_rows(

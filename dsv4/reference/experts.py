@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv4.core.formats import FORMATS, BlockScaledTensor
 from dsv4.reference.linear import linear
 from dsv4.reference.precision import wide
+from dsv4.reference.quant import dequantize
 
 ExpertWeights = tuple[Tensor, Tensor, Tensor]
 
@@ -67,3 +69,44 @@ def moe(
         total.index_add_(0, token, wide(y))
     shared_out = expert(x, shared, limit, simulate_activation=simulate_activation)
     return (total + wide(shared_out)).to(x.dtype)
+
+
+def moe_routed(
+    x: Tensor, ids: Tensor, routing: Tensor, w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor,
+    w2: Tensor, s2: Tensor, global_scale: Tensor | None, shared: Tensor | None, limit: float,
+    first_expert: int, format: str,
+) -> Tensor:  # fmt: skip
+    """The routed experts on weights as stored, plus what the shared expert gave.
+
+    x       [T, D]
+    ids     [T, K] int32; those outside first_expert .. first_expert + E - 1 belong to others
+            (another device's experts, or a padding row) and count nothing
+    routing [T, K] FP32
+    w1, w3  [E, F, D / 2] uint8 nibbles of gate and up, s1, s3 their scales as bytes
+    w2, s2  [E, D, F / 2] of down, and its scales
+    global_scale  [3, E] FP32 of w1, w3 and w2 ("nvfp4"), or None
+    shared  [T, D] or None
+    format  "mxfp4" or "nvfp4"
+    ->      [T, D] in x's dtype, summed in FP32 in order of expert id, shared last, one rounding
+    """
+    fmt = FORMATS[format]
+    scale_dtype = torch.float8_e4m3fn if fmt.has_global else torch.float8_e8m0fnu
+
+    def weight(i: int, e: int, data: Tensor, scale: Tensor) -> Tensor:
+        one = None if global_scale is None else global_scale[i, e]
+        stored = BlockScaledTensor(fmt, data[e], scale[e].view(scale_dtype), one)
+        return dequantize(stored, wide(x).dtype)
+
+    total = wide(torch.zeros_like(x))
+    for e in ids.unique().tolist():
+        local = e - first_expert
+        if not 0 <= local < len(w1):
+            continue
+        token, slot = (ids == e).nonzero(as_tuple=True)
+        parts = (weight(0, local, w1, s1), weight(2, local, w2, s2), weight(1, local, w3, s3))
+        weights = tuple(w.to(x.dtype) for w in parts)
+        y = expert(x[token], weights, limit, routing[token, slot].to(wide(x).dtype))
+        total.index_add_(0, token, wide(y))
+    if shared is not None:
+        total = total + wide(shared)
+    return total.to(x.dtype)

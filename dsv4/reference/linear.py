@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv4.core.formats import FP8_BLOCK128, BlockScaledTensor
 from dsv4.reference.norm import rms_norm, rms_norm_unweighted
 from dsv4.reference.precision import wide
-from dsv4.reference.quant import simulate_fp8
+from dsv4.reference.quant import dequantize, simulate_fp8
 
 ACTIVATION_GROUP = 128
 
@@ -21,6 +22,26 @@ def linear(x: Tensor, weight: Tensor, simulate_activation: bool = False) -> Tens
            e4m3 with UE8M0 scales, products accumulated in FP32.
     """
     return F.linear(simulate_fp8(x, ACTIVATION_GROUP) if simulate_activation else x, weight)
+
+
+def linear_fp8(
+    x: Tensor, weight: Tensor, scale: Tensor, groups: int = 1, quantize_input: bool = False
+) -> Tensor:
+    """y = W x with FP8 block-scaled weights, optionally within groups of rows and columns.
+
+        y_g = (s W)_g x_g
+
+    x      [T, G K]  group g reads columns g K .. (g + 1) K - 1
+    weight [N, K] float8_e4m3fn  rows g N/G .. (g + 1) N/G - 1 belong to group g
+    scale  [ceil(N/128), ceil(K/128)] float8_e8m0fnu or FP32, one for each 128 x 128 of weight
+    quantize_input  round x to FP8 per token and 128 columns (W8A8); else it stays as it is (W8A16)
+    ->     [T, N] in x's dtype
+    """
+    x = simulate_fp8(x, ACTIVATION_GROUP) if quantize_input else x
+    w_GOK = dequantize(BlockScaledTensor(FP8_BLOCK128, weight, scale), x.dtype)
+    w_GOK = w_GOK.unflatten(0, (groups, -1))
+    y_GTO = x.unflatten(-1, (groups, -1)).transpose(0, 1) @ w_GOK.transpose(1, 2)
+    return y_GTO.transpose(0, 1).flatten(1)
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:

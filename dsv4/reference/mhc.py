@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from math import isqrt
 
+import torch
 from torch import Tensor
 
+from dsv4.reference.norm import rms_norm
 from dsv4.reference.precision import wide
+from dsv4.reference.quant import fp8_act_quantize
 
 
 def mhc_mixes(x: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
@@ -93,3 +96,63 @@ def hc_head(
     ->    [T, D] in x's dtype
     """
     return mhc_pre(x, (mhc_mixes(x, fn, norm_eps) * scale + base).sigmoid() + eps)
+
+
+def mhc_pre_norm(
+    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm: Tensor, iters: int, norm_eps: float,
+    eps: float, quantise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Everything between the streams and the first matrix product of a sub-layer.
+
+        pre, post, comb = S(mixes(X));   y = RMSNorm(sum_j pre_j X_j) * norm
+
+    x        [T, N, D]
+    fn       [N(N+2), N D], scale [3], base [N(N+2)] FP32, as in mhc_mixes and mhc_split_sinkhorn
+    norm     [D]    weight of the sub-layer's RMSNorm
+    quantise        whether the FP8 form of y is wanted as well
+    ->       y [T, D] in x's dtype, post [T, N], comb [T, N, N] FP32, and what fp8_act_quantize
+             gives for y: [T, D] and [T, D/128]; without `quantise` both are [T, 0]
+    """
+    mixes = mhc_mixes(x, fn, norm_eps)
+    pre, post, comb = mhc_split_sinkhorn(mixes, scale, base, iters, eps)
+    y = rms_norm(mhc_pre(x, pre), norm, norm_eps)
+    if quantise:
+        return y, post, comb, *fp8_act_quantize(y)
+    nothing = y.new_empty(len(y), 0)
+    return y, post, comb, nothing.to(torch.float8_e4m3fn), nothing.to(torch.float8_e8m0fnu)
+
+
+def mhc_post_pre(
+    o: Tensor, x: Tensor, post: Tensor, comb: Tensor, fn: Tensor, scale: Tensor, base: Tensor,
+    norm: Tensor, iters: int, norm_eps: float, eps: float, quantise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """mhc_post of one sub-layer, then mhc_pre_norm of the next.
+
+    o, x, post, comb  as in mhc_post
+    fn ... quantise   as in mhc_pre_norm, of the next sub-layer
+    ->                the new streams [T, N, D], then the results of mhc_pre_norm
+    """
+    streams = mhc_post(o, x, post, comb)
+    return streams, *mhc_pre_norm(streams, fn, scale, base, norm, iters, norm_eps, eps, quantise)
+
+
+def hc_head_norm(
+    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm: Tensor, norm_eps: float, eps: float
+) -> Tensor:
+    """hc_head, then the final RMSNorm.
+
+    x [T, N, D], fn [N, N D], scale [1], base [N] FP32, norm [D] -> [T, D] in x's dtype
+    """
+    return rms_norm(hc_head(x, fn, scale, base, norm_eps, eps), norm, norm_eps)
+
+
+def embed_streams(ids: Tensor, table: Tensor, num_streams: int) -> Tensor:
+    """The streams before the first layer: the token's embedding in each of them.
+
+    ids   [T] int64; a row whose id is outside the vocabulary, as padding may be, becomes zeros
+    table [V, D]
+    ->    [T, num_streams, D] in the table's dtype
+    """
+    known = (ids >= 0) & (ids < len(table))
+    rows = table[torch.where(known, ids, 0)].masked_fill(~known[:, None], 0)
+    return rows[:, None].expand(-1, num_streams, -1).contiguous()

@@ -15,7 +15,12 @@ def router_scores(x: Tensor, gate: Tensor) -> Tensor:
 
     x [T, D], gate [E, D] -> [T, E] FP32, positive
     """
-    return F.softplus(wide_linear(x, gate)).sqrt()
+    return router_affinity(wide_linear(x, gate))
+
+
+def router_affinity(logits: Tensor) -> Tensor:
+    """sqrt(softplus(logits)), elementwise."""
+    return F.softplus(logits).sqrt()
 
 
 def router_topk(scores: Tensor, bias: Tensor, k: int) -> Tensor:

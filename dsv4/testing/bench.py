@@ -1,4 +1,4 @@
-"""Kernel timing: CUDA-graph replays, warm and cold L2, next to a baseline and the read bandwidth.
+"""Kernel timing: graph replays, warm and cold L2, next to a baseline and the roofs of the same run.
 
 A row is one JSON object, the same for people (a line of a table) and for the baselines on file.
 """
@@ -33,7 +33,8 @@ class Case:
     op, shape    key of the row
     calls        the same work on different buffers; timing goes round them
     nbytes       what one call must move through device memory, counted from shapes
-    flops        floating point operations of one call, 0 where bytes decide
+    flops        floating point operations of one call
+    is_compute   whether the matrix units decide, and not the bytes; the roof is theirs then
     baseline     name of what it is compared with, and its calls
     """
 
@@ -42,13 +43,18 @@ class Case:
     calls: Sequence[Call]
     nbytes: int
     flops: int = 0
+    is_compute: bool = False
     baseline: str | None = None
     baseline_calls: Sequence[Call] = ()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; `roof` is the share of the read bandwidth of the same run, or null."""
+    """One measurement.
+
+    roof  share of the read bandwidth, or of the BF16 rate, of the same run; null where neither
+          is the limit
+    """
 
     op: str
     shape: dict[str, int | str]
@@ -91,6 +97,14 @@ def read_gbps() -> float:
     return nbytes(x) / us / 1e3
 
 
+def bf16_tflops() -> float:
+    """Rate of a BF16 matrix product of normal numbers, 8192 wide."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16).unbind()
+    out = torch.empty_like(a)
+    us = _replay_us([lambda: torch.mm(a, b, out=out)], 4)
+    return 2 * 8192**3 / us / 1e6
+
+
 def warm_us(calls: Sequence[Call]) -> float:
     """Microseconds of one call when its data was used just before."""
     return _replay_us(calls[:1], LAUNCHES)
@@ -116,7 +130,7 @@ def cold_us(calls: Sequence[Call], num_bytes: int) -> float:
     return both - _replay_us([sweep], LAUNCHES)
 
 
-def measure(case: Case, peak_gbps: float) -> list[Row]:
+def measure(case: Case, peak_gbps: float, peak_tflops: float) -> list[Row]:
     """The cold and the warm row of a case."""
     times = {"cold": cold_us(case.calls, case.nbytes), "warm": warm_us(case.calls)}
     base: dict[str, float | None] = {"cold": None, "warm": None}
@@ -132,8 +146,11 @@ def measure(case: Case, peak_gbps: float) -> list[Row]:
     for l2, us in times.items():
         gbps = case.nbytes / us / 1e3
         # Warm data comes from L2, so device memory is no roof there.
-        roof = None if is_latency or l2 == "warm" else gbps / peak_gbps
         tflops = case.flops / us / 1e6
+        if case.is_compute:
+            roof = tflops / peak_tflops
+        else:
+            roof = None if is_latency or l2 == "warm" else gbps / peak_gbps
         key = case.op, case.shape, us, gbps, tflops, roof, l2
         rows.append(Row(*key, case.baseline, base[l2], **about))
     return rows
@@ -148,11 +165,12 @@ def run(cases: Iterable[Case], description: str) -> None:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     peak = read_gbps()
-    print(f"read bandwidth {peak:.0f} GB/s")
+    rate = bf16_tflops()
+    print(f"read bandwidth {peak:.0f} GB/s, BF16 rate {rate:.0f} TFLOP/s")
     for case in cases:
         if flags.only not in case.op:
             continue
-        for row in measure(case, peak):
+        for row in measure(case, peak, rate):
             print(_line(row))
             if flags.json:
                 with flags.json.open("a") as file:
@@ -184,7 +202,8 @@ def _line(row: Row) -> str:
     shape = " ".join(f"{k}={v}" for k, v in row.shape.items())
     roof = "latency" if row.roof is None else f"{row.roof:6.1%}"
     base = "" if row.baseline_us is None else f" {row.baseline} {row.baseline_us:.2f} us"
-    return f"{row.op:24} {shape:34} {row.l2} {row.us:9.2f} us {row.gbps:6.0f} GB/s {roof}{base}"
+    rate = f"{row.gbps:6.0f} GB/s" + (f" {row.tflops:5.0f} TFLOP/s" if row.tflops else "")
+    return f"{row.op:24} {shape:34} {row.l2} {row.us:9.2f} us {rate} {roof}{base}"
 
 
 def _commit() -> str:

@@ -1,4 +1,4 @@
-"""Gates of looking back: needles for CSA and its indexer, tallies for HCA.
+"""Gates of looking back: needles for CSA and its indexer, tallies for HCA, places for positions.
 
 One context is read once and serves several questions, each on a copy of the cache. Like the other
 gates they know nothing of models: a `Reader` reads a context and answers cues.
@@ -20,6 +20,7 @@ PAIRS = (
     ("up", "down"), ("left", "right"), ("red", "blue"), ("cat", "dog"), ("old", "new"),
     ("north", "south"),
 )  # fmt: skip
+PLACE_DISTANCE, PLACE_STRIDE, PLACE_CUE, PLACE_WORDS = 1000, 8, " back", 24
 WORD = re.compile(" [a-z]{4,}")
 
 # form -> text before the key, between key and value
@@ -92,14 +93,13 @@ def needle_context(
 def tally_context(tokenizer: TokenizerLike, length: int, seed: int, margin: float = 0.1) -> Context:
     """Words of six pairs in random order; which of each pair occurs more often?
 
-    The last quarter leans against the rest, and every stretch of 24 to 200 words strays, so that
-    the recent words mislead. Pairs whose counts differ by less than `margin` of
+    The last quarter leans its own way, and every stretch of 24 to 200 words strays, so that the
+    recent words say nothing about the whole. Pairs whose counts differ by less than `margin` of
     their sum are not asked.
     """
     rng = Random(f"tally {seed}")
     pairs = [[tokenizer.encode(" " + word)[0] for word in pair] for pair in PAIRS]
-    old = [rng.choice((0.3, 0.7)) for _ in pairs]
-    recent = [0.5 - 0.75 * (x - 0.5) for x in old]
+    old, recent = ([rng.choice((0.5 - d, 0.5 + d)) for _ in pairs] for d in (0.2, 0.15))
     ids, share, left = [tokenizer.bos_id], old, 0
     while len(ids) < length:
         if left == 0:
@@ -117,6 +117,31 @@ def tally_context(tokenizer: TokenizerLike, length: int, seed: int, margin: floa
             answer = first if counts[0] > counts[1] else second
             questions.append(Question(tuple(cue), (answer,)))
     return Context(tuple(ids), tuple(questions))
+
+
+def place_context(
+    tokenizer: TokenizerLike, filler: Sequence[int], words: Iterable[int], length: int, seed: int,
+    count: int = 8,
+) -> Context:  # fmt: skip
+    """Which word stood exactly PLACE_DISTANCE tokens ago? Only the position of an entry tells.
+
+    Every eighth token of a text is an announced word; after the first thousand tokens it is the
+    word of a thousand tokens before. Question i goes on to the i-th such word after the context.
+    """
+    rng = Random(f"place {seed}")
+    size, start = length + PLACE_STRIDE * count, rng.randrange(len(filler))
+    text = [tokenizer.bos_id, *(filler[(start + i) % len(filler)] for i in range(size - 1))]
+    (cue,) = tokenizer.encode(PLACE_CUE)
+    free = [w for w in words if w not in {*text, cue}]
+    rng.shuffle(free)
+    said = [rng.choice(free[:PLACE_WORDS]) for _ in range(PLACE_DISTANCE // PLACE_STRIDE)]
+    slots = range(PLACE_STRIDE - 1, size, PLACE_STRIDE)
+    for i, at in enumerate(slots):
+        text[at - 1 : at + 1] = cue, said[i % len(said)]
+    questions = [
+        Question(tuple(text[length:at]), (text[at],), PLACE_DISTANCE) for at in slots if at > length
+    ]
+    return Context(tuple(text[:length]), tuple(questions))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,11 @@ def test_gathered_pages_equal_the_contiguous_cache(page_tokens: int, first: int)
     assert sum(h.done["restore"] for h in done) > 0
 
 
+def test_a_page_of_three_quanta() -> None:
+    done = [live(384, seed, oracle_writes, 40) for seed in range(6)]
+    assert sum(h.compared for h in done) > 6
+
+
 @pytest.mark.parametrize("page_tokens", [128, 256])
 @pytest.mark.parametrize("first", range(0, KERNEL_HISTORIES // 2, CHUNK))
 def test_histories_through_the_kernels(page_tokens: int, first: int) -> None:
@@ -66,7 +72,7 @@ def test_histories_with_mxfp4_index_keys(writes) -> None:
     compared = 0
     for seed in range(4):
         history = History(small_manager(128, device=device, index_keys="mxfp4"), seed, writes)
-        for _ in range(14):
+        for _ in range(18):
             history.one()
         history.compare_all()
         compared += history.compared
@@ -89,6 +95,41 @@ def test_absurd_page_numbers_where_none_is_used_change_nothing(writes) -> None:
         assert torch.equal(plain, poisoned)
 
 
+class Collected:
+    """The cache ops of a step with their arguments, for later."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self.calls.append((getattr(kernel_writes, name), args))
+
+
+def test_a_compiled_step_writes_every_store() -> None:
+    """All writes of a step in one graph, bytes and FP32 of one allocation among them.
+
+    PyTorch refuses that for tensors it knows to be views of one.
+    """
+    collected = Collected()
+    h = History(small_manager(128, device=DEVICE), 3, collected)  # type: ignore[arg-type]
+    r = h.manager.admit()
+    step = h.manager.prepare([(r, 12)])
+    h.tokens[r.number], h.upcoming[r.number] = [k % 7 for k in range(12)], 2
+    h.after_step(step, [12])
+    step.commit()
+    with pytest.raises(AssertionError):
+        h.compare_all()
+
+    @torch.compile(fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    def run() -> None:
+        for op, args in collected.calls:
+            op(*args)
+
+    run()
+    h.compare_all()
+    assert h.compared == 1
+
+
 @pytest.mark.parametrize("page_tokens", [128, 256])
 def test_a_prefix_hit_equals_a_cold_prefill(page_tokens: int) -> None:
     """Prefill in two requests with one prefix: the second starts from the kept state."""
@@ -100,18 +141,19 @@ def test_a_prefix_hit_equals_a_cold_prefill(page_tokens: int) -> None:
             n = min(size, upto - request.length)
             step = m.prepare([(request, n)])
             history.tokens[request.number] = tokens[: request.length + n]
-            history.after_step([(request, n)], step.rows)
+            history.upcoming[request.number] = [*tokens, 4][request.length + n]
+            history.after_step(step, [n])
             step.commit()
 
     first = m.admit(tokens)
     assert first.length == 0
     for boundary in (128, 256):
         feed(first, boundary, 64)
-        assert m.keep_prefix(first, tokens[:boundary])
+        assert m.keep_prefix(first, tokens[:boundary], tokens[boundary])
     feed(first, 300, 7)
     second = m.admit(tokens)
     assert second.length == 256
-    history.tokens[second.number] = tokens[:256]
+    history.tokens[second.number], history.upcoming[second.number] = tokens[:256], tokens[256]
     history.compare_all()
     feed(second, 300, 11)
     history.compare_all()
@@ -123,8 +165,8 @@ def test_the_comparison_can_fail() -> None:
     m = history.manager
     r = m.admit()
     step = m.prepare([(r, 140)])
-    history.tokens[r.number] = [k % 5 for k in range(140)]
-    history.after_step([(r, 140)], step.rows)
+    history.tokens[r.number], history.upcoming[r.number] = [k % 5 for k in range(140)], 3
+    history.after_step(step, [140])
     step.commit()
     history.compare_all()
     stores = [(r.slot, view) for view in m.storage.slot_views()]

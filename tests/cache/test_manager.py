@@ -14,7 +14,6 @@ from dsv4.cache.manager import CacheManager
 from dsv4.cache.plan import plan
 from dsv4.cache.schema import CacheSchema
 from dsv4.cache.snapshot import SlotCopy
-from dsv4.cache.step import StepRows
 from dsv4.cache.storage import CacheStorage
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import CapacityError, RequestError
@@ -30,14 +29,16 @@ def grow(manager: CacheManager, request, n: int) -> None:
 @pytest.mark.parametrize("page_tokens", [128, 256])
 def test_random_lives(page_tokens: int) -> None:
     """Half of the operations for each page size, in lives of 2,500, invariants after each one."""
-    started, done = time.perf_counter(), 0
+    started, done, hits = time.perf_counter(), 0, 0
     for seed in range(max(OPERATIONS // 2 // 2500, 1)):
         life = Life(small_manager(page_tokens, num_pages=1536 // page_tokens), seed)
         life.run(2500)
-        done += 2500
-        names = "step", "fork", "preempt", "restore", "release", "keep", "step refused", "abort"
+        done, hits = done + 2500, hits + life.done["prefix hit"]
+        names = ("step", "fork", "preempt", "restore", "release", "keep", "step refused", "abort",
+                 "draft rejected")  # fmt: skip
         for name in names:
             assert life.done[name] > 0, f"{name} never happened: {life.done}"
+    assert hits > 0
     print(f"{done} operations, {done / (time.perf_counter() - started):.0f} a second")
 
 
@@ -66,11 +67,11 @@ def test_a_refused_step_changes_nothing() -> None:
     m = small_manager(page_tokens=128, num_pages=4)
     a, b = m.admit(), m.admit()
     grow(m, a, 200)
-    before = (list(a.pages), list(b.pages), m.page_table.clone(), m.allocator.num_free)
+    before = (list(a.pages), list(b.pages), m.buffers.table.copy(), m.allocator.num_free)
     with pytest.raises(CapacityError, match="cache pages: needed 2, free 1"):
         m.prepare([(a, 100), (b, 1)])
     assert (a.pages, b.pages) == before[:2]
-    assert torch.equal(m.page_table, before[2])
+    assert (m.buffers.table == before[2]).all()
     assert (m.allocator.num_free, a.length, b.length) == (before[3], 200, 0)
     m.check()
 
@@ -178,7 +179,7 @@ def test_a_new_request_never_sees_old_state() -> None:
             if state is not None:
                 assert not state[b.slot, 0].any()
                 assert state[b.slot, 1].isneginf().all()
-    assert not m.page_table[b.slot].any()
+    assert not m.buffers.table[b.slot].any()
 
 
 def test_prefix_is_found_by_content_and_leaves_one_token() -> None:
@@ -186,10 +187,10 @@ def test_prefix_is_found_by_content_and_leaves_one_token() -> None:
     ids = list(range(256))
     a = m.admit()
     grow(m, a, 128)
-    assert m.keep_prefix(a, ids[:128])
+    assert m.keep_prefix(a, ids[:128], 128)
     grow(m, a, 128)
-    assert m.keep_prefix(a, ids)
-    assert not m.keep_prefix(a, ids)
+    assert m.keep_prefix(a, ids, 5)
+    assert not m.keep_prefix(a, ids, 5)
     random_bytes(m, a, 3)
     m.release(a)
     m.check()
@@ -207,7 +208,7 @@ def test_prefix_restores_window_and_open_windows() -> None:
     grow(m, a, 128)
     random_bytes(m, a, 1)
     want = [v[a.slot].clone() for v in m.storage.slot_views(at_boundary=True)]
-    m.keep_prefix(a, list(range(128)))
+    m.keep_prefix(a, list(range(128)), 128)
     b = m.admit(range(129))
     assert b.length == 128
     for got, wanted in zip(m.storage.slot_views(at_boundary=True), want, strict=True):
@@ -225,7 +226,7 @@ def test_kept_prefixes_make_room_but_only_if_it_is_enough() -> None:
     m = small_manager(page_tokens=128, num_pages=4)
     a = m.admit()
     grow(m, a, 128)
-    m.keep_prefix(a, [1] * 128)
+    m.keep_prefix(a, [1] * 128, 1)
     m.release(a)
     b, c = m.admit([2]), m.admit([3])
     grow(m, c, 1)
@@ -243,7 +244,7 @@ def test_prefix_memory_is_bounded() -> None:
     for k in range(20):
         r = m.admit()
         grow(m, r, 128)
-        m.keep_prefix(r, [k] * 128)
+        m.keep_prefix(r, [k] * 128, k)
         m.release(r)
         per = per or m.prefixes.nbytes
         assert m.prefixes.nbytes <= m.prefixes.max_bytes
@@ -251,6 +252,48 @@ def test_prefix_memory_is_bounded() -> None:
     assert m.admit([19] * 129).length == 128
     assert m.admit([0] * 129).length == 0  # the oldest went first
     m.check()
+
+
+def test_demand_foretells_a_step() -> None:
+    m = small_manager(page_tokens=128, num_pages=6)
+    a = m.admit()
+    grow(m, a, 100)
+    b = m.fork(a)
+    d = m.demand([(a, 1), (b, 100)])  # one copy of the shared page, one new page
+    assert (d.needed, d.free, d.reclaimable, d.fits) == (2, 4, 0, True)
+    assert m.demand([]).needed == m.demand([(a, 0), (b, 28)]).needed - 1 == 0
+    grow(m, b, 28)
+    m.keep_prefix(b, [1] * 128, 1)
+    m.release(b)
+    c = m.admit()
+    d = m.demand([(a, 500), (c, 1)])
+    assert (d.needed, d.free, d.reclaimable, d.fits) == (5, 3, 1, False)
+    d = m.demand([(a, 500)])
+    assert (d.needed, d.fits) == (4, True)
+    free = m.allocator.num_free
+    assert len(m.prefixes) == 1
+    grow(m, a, 500)
+    assert (free, len(m.prefixes), m.allocator.num_free) == (3, 0, 0)
+    with pytest.raises(RequestError, match="batch: expected"):
+        m.demand([(a, -1)])
+
+
+def test_a_chain_is_hashed_once() -> None:
+    m = small_manager(page_tokens=128, num_pages=40)
+    ids = [k % 5 for k in range(700)]
+    r = m.admit(ids)
+    for boundary in range(128, 641, 128):
+        grow(m, r, 128)
+        seen = [None] * (boundary - 128) + ids[boundary - 128 : boundary]
+        assert m.keep_prefix(r, seen, ids[boundary])  # old blocks are not looked at
+    child = m.fork(r)
+    assert not m.keep_prefix(child, [None] * 640, ids[640])
+    assert m.keep_prefix(child, [None] * 640, 99)
+    hit = m.admit([*ids[:640], 99, 1])
+    assert hit.length == 640
+    grow(m, hit, 128)
+    assert m.keep_prefix(hit, [None] * 640 + [99] * 128, 1)
+    assert m.admit([*ids[:640], *[99] * 128, 1]).length == 768
 
 
 @pytest.mark.parametrize("bad", ["twice", "negative", "long", "foreign", "preempted", "released"])
@@ -280,7 +323,7 @@ def test_a_step_ends_once() -> None:
     step = m.prepare([(r, 10)])
     for refused in (
         lambda: m.prepare([(r, 1)]), lambda: m.fork(r), lambda: m.preempt(r),
-        lambda: m.keep_prefix(r, [1] * 128),
+        lambda: m.keep_prefix(r, [1] * 128, 1),
     ):  # fmt: skip
         with pytest.raises(RequestError, match="expected"):
             refused()
@@ -297,12 +340,12 @@ def test_an_aborted_step_gives_its_pages_back() -> None:
     m = small_manager(page_tokens=128)
     r = m.admit()
     grow(m, r, 100)
-    before = (list(r.pages), m.page_table.clone(), m.allocator.num_free)
+    before = (list(r.pages), m.buffers.table.copy(), m.allocator.num_free)
     step = m.prepare([(r, 300)])
     assert len(r.pages) == 4
     step.abort()
     assert (r.pages, m.allocator.num_free, r.length) == (before[0], before[2], 100)
-    assert torch.equal(m.page_table, before[1])
+    assert (m.buffers.table == before[1]).all()
     m.check()
 
 
@@ -323,7 +366,7 @@ def test_bad_arguments_take_nothing() -> None:
     with pytest.raises(RequestError, match="num_rows: expected at least 300"):
         m.prepare([(r, 300)], num_rows=10)
     grow(m, r, 128)
-    m.keep_prefix(r, [1] * 128)
+    m.keep_prefix(r, [1] * 128, 1)
     for ids in (["x"] * 200, [2**70] * 200, [1.5] * 129):
         with pytest.raises(RequestError, match="token_ids: expected"):
             m.admit(ids)
@@ -338,7 +381,7 @@ def test_a_failing_copy_leaves_everything_as_it_was(what: str, monkeypatch) -> N
     m = small_manager(page_tokens=128)
     r = m.admit()
     grow(m, r, 128)
-    m.keep_prefix(r, [1] * 128)
+    m.keep_prefix(r, [1] * 128, 1)
     m.preempt(r)
     free = (m.allocator.num_free, m.num_free_slots)
 
@@ -359,7 +402,7 @@ def test_a_kept_prefix_never_stands_in_the_way_of_its_own_request() -> None:
     m = small_manager(page_tokens=256, num_pages=2)
     r = m.admit()
     grow(m, r, 128)
-    assert m.keep_prefix(r, [1] * 128)
+    assert m.keep_prefix(r, [1] * 128, 1)
     grow(m, r, 1)  # no page is free for a copy: the prefix goes
     assert len(m.prefixes) == 0
     m.check()
@@ -380,24 +423,13 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
     for k in range(9):
         r = m.admit()
         grow(m, r, 128)
-        m.keep_prefix(r, [k] * 128)
+        m.keep_prefix(r, [k] * 128, k)
         m.release(r)
         if k:
             hit = m.admit([0] * 129)
             assert hit.length == 128, f"prefix 0 was dropped at {k}"
             m.release(hit)
     assert m.admit([1] * 129).length == 0
-
-
-def test_step_rows() -> None:
-    rows = StepRows.build([(3, 10, 2), (1, 0, 3)], num_rows=7)
-    assert rows.slot.tolist() == [3, 3, 1, 1, 1, -1, -1]
-    assert rows.position.tolist() == [10, 11, 0, 1, 2, 0, 0]
-    assert rows.end_position.tolist() == [12, 12, 3, 3, 3, 0, 0]
-    assert rows.first_row.tolist() == [0, 0, 2, 2, 2, 0, 0]
-    assert rows.first_position.tolist() == [10, 10, 0, 0, 0, 0, 0]
-    with pytest.raises(ValueError, match="num_rows: expected at least 5, got 4"):
-        StepRows.build([(3, 10, 2), (1, 0, 3)], num_rows=4)
 
 
 @pytest.mark.parametrize("model", ["flash", "pro"])
@@ -415,6 +447,25 @@ def test_allocated_equals_planned(model: str, context: int, page_tokens: int) ->
     r = storage.layers[2].entries
     assert r is not None
     assert r.shape == (schema.num_pages, -(-page_tokens // 4 * 584 // 576) * 576)
+
+
+def test_stores_of_one_kind_are_copied_together() -> None:
+    """Every byte of the schema is in one group; Flash has few groups, whatever its layers."""
+    schema = CacheSchema.of(ModelConfig.flash(), num_pages=3, num_slots=2, canary=True)
+    storage = CacheStorage(schema, "meta")
+    assert len(storage.slot_groups()) == 5
+    assert len(storage.page_groups()) == 4
+    assert sum(g.shape[0] * g.shape[2] for g in storage.slot_groups()) == schema.slot_stride
+    assert sum(g.shape[0] * g.shape[2] for g in storage.page_groups()) == schema.page_stride
+    small = small_manager(canary=True).storage
+    small.pages.zero_()
+    small.states.zero_()
+    for number, view in enumerate((*small.slot_views(), *small.page_views()), 1):
+        assert not view.any()  # no two overlap
+        view.fill_(number)
+    for layer in small.layers:
+        for view in vars(layer).values():
+            assert view is None or view.contiguous().view(torch.uint8).unique().numel() == 1
 
 
 @pytest.mark.parametrize("fault", ["alias", "stale", "unwritten"])

@@ -15,7 +15,8 @@ from dsv4.core.errors import RequestError
 from dsv4.core.inventory import tensor_specs
 from dsv4.core.kv_layout import KvRecord, compressor_state_bytes, layer_bytes
 
-FLASH, PRO, NANO = ModelConfig.flash(), ModelConfig.pro(), ModelConfig.nano()
+FLASH, PRO = ModelConfig.flash(), ModelConfig.pro()
+NANO = replace(ModelConfig.nano(), num_nextn_predict_layers=0)
 GIB = 1 << 30
 
 

@@ -39,8 +39,9 @@ class CacheLife(RuleBasedStateMachine):
         assert request.length < max(n, 1)
         self.tokens[request.number] = [first] * request.length
 
-    @rule(data=st.data(), n=SIZES, token=st.sampled_from([1, 2]))
-    def extend(self, data, n: int, token: int) -> None:
+    @rule(data=st.data(), n=SIZES, token=st.sampled_from([1, 2]), rejected=st.integers(0, 6))
+    def extend(self, data, n: int, token: int, rejected: int) -> None:
+        """A step whose last tokens are drafts, some of which verification rejects."""
         request = self.pick(data, resident=True)
         if request is None or request.length + n > self.manager.max_context:
             return
@@ -53,9 +54,10 @@ class CacheLife(RuleBasedStateMachine):
             now = (request.length, request.pages, self.manager.allocator.num_free)
             assert now == before
             return
-        self.tokens[request.number] = own + [token] * n
+        accepted = n - min(rejected, max(n - 1, 0))
+        self.tokens[request.number] = own + [token] * accepted
         self.canary.wrote(request.slot, request.pages, self.tokens[request.number], len(own))
-        step.commit()
+        step.commit([accepted])
 
     @rule(data=st.data())
     def fork(self, data) -> None:
@@ -90,7 +92,7 @@ class CacheLife(RuleBasedStateMachine):
     def keep(self, data) -> None:
         request = self.pick(data, resident=True)
         if request is not None and request.length and request.length % 128 == 0:
-            self.manager.keep_prefix(request, self.tokens[request.number])
+            self.manager.keep_prefix(request, self.tokens[request.number], 1)
 
     @invariant()
     def everything_is_accounted_for(self) -> None:

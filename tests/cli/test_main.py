@@ -1,6 +1,6 @@
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -31,10 +31,11 @@ def test_help_imports_neither_torch_nor_tokenizers(command):
 
 
 def test_help_is_fast():
-    def seconds() -> float:
-        start = time.perf_counter()
+    def seconds() -> float:  # of a processor: the wall clock counts other work too
+        start = os.times()
         subprocess.run([sys.executable, "-m", "dsv4", "--help"], check=True, capture_output=True)
-        return time.perf_counter() - start
+        end = os.times()
+        return end.children_user + end.children_system - start.children_user - start.children_system
 
     assert min(seconds() for _ in range(5)) < 0.25
 

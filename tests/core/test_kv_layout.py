@@ -66,7 +66,7 @@ def test_fixed_bytes_of_a_request(config: ModelConfig, state: int, windows: int)
 
 
 def test_mtp_windows_are_those_of_mtp_blocks_alone() -> None:
-    assert kv.mtp_window_bytes(NANO) == 0
+    assert kv.mtp_window_bytes(replace(NANO, num_nextn_predict_layers=0)) == 0
     assert kv.mtp_window_bytes(replace(FLASH, dspark_block_size=5)) == 0
 
 

@@ -1,4 +1,4 @@
-"""What the interpreter cannot show: CUDA graphs, large shapes, addresses beyond 2^31, compile."""
+"""What the interpreter cannot show: CUDA graphs, large shapes, addresses beyond 2^32, compile."""
 
 from typing import Any
 
@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.core.kv_layout import KvRecord
 from dsv4.ops import cache as ops
 from dsv4.reference import cache_writes as oracle
-from dsv4.reference.kv_records import kv_record_pack
-from dsv4.testing.cases import WindowCase, compressor_case, step_rows
+from dsv4.testing.cases.cache import WindowCase, cache_calls, chunks, compressor_case
 from dsv4.testing.numeric import assert_bits_equal
 
 pytestmark = pytest.mark.gpu
@@ -81,17 +79,59 @@ def test_a_graph_replays_with_the_tables_of_the_step() -> None:
     assert bool((case.pages != 0xFF).any())
 
 
-def test_addresses_beyond_two_gigabytes() -> None:
-    stride = KvRecord().page_bytes(128)
-    slots = 2**31 // stride + 3
-    window = torch.full((slots, stride), 0xFF, dtype=torch.uint8, device="cuda")
-    kv = torch.randn(2, 512)
-    rows = step_rows([(slots - 1, 5, 1), (1, 7, 1)])
-    rows = {k: rows[k].cuda() for k in ("slot", "position", "end_position")}
-    ops.kv_window_append(kv.cuda(), window, **rows, rows=128, rope_dim=64)
-    got = ops.gather_records(window, rows["slot"], rows["position"], 128, 576, 8)
-    assert_bits_equal("records", got, kv_record_pack(kv))
-    assert int((window[2:-1] != 0xFF).sum()) == 0
+STORES = {"window": "slot", "state": "slot", "pages": "page", "store": "slot"}
+
+
+def at_the_end(x: Tensor) -> tuple[Tensor, int]:
+    """A store of more than 4 GiB whose last rows are those of `x`; how far they moved."""
+    moved = 2**32 // (x[0].numel() * x.element_size()) + 1
+    big = torch.zeros((moved + len(x), *x.shape[1:]), dtype=x.dtype, device=x.device)
+    big[moved:] = x
+    return big, moved
+
+
+@pytest.mark.parametrize("name", sorted(cache_calls(0)))
+def test_addresses_beyond_four_gigabytes(name: str) -> None:
+    """The same call on small stores, and on the far ends of stores of more than 4 GiB."""
+    args = cache_calls(128, head_dim=512, page_tokens=256, device="cuda")[name]
+    op = getattr(ops, name.partition("/")[0])
+    far, moved, page_moved = dict(args), 0, 0
+    for store in set(STORES) & set(args):
+        far[store], by = at_the_end(args[store])
+        moved, page_moved = (moved, by) if STORES[store] == "page" else (by, page_moved)
+    index = "page" if "store" in args else "slot"
+    far[index] = args[index] + moved
+    if "page_table" in args:
+        table = args["page_table"]
+        far["page_table"] = table.new_zeros((moved + len(table), table.shape[1]))
+        far["page_table"][moved:] = table + page_moved * (table > 0)
+    near_out, far_out = op(**args), op(**far)
+    if near_out is not None:
+        assert_bits_equal("out", far_out, near_out)
+    for store in set(STORES) & set(args):
+        n = len(args[store])
+        assert_bits_equal(store, far[store][-n:], args[store])
+        assert not far[store][:-n].any()
+
+
+@pytest.mark.parametrize(("ratio", "dims", "keys"), [(4, 512, None), (128, 512, None),
+                                                   (4, 128, "fp8"), (4, 128, "mxfp4")])  # fmt: skip
+def test_long_and_short_steps_give_the_same_bits(ratio: int, dims: int, keys: Any) -> None:
+    """In a long step a program looks at several tokens, in a short one at one of them."""
+    case = compressor_case(ratio, dims, 1100, 2, keys=keys, is_rotated=True, seed=4)
+    ends = []
+    for sizes in ((1100,), (257, 3), (100, 156)):
+        own = case.fresh("cuda")
+        for one in chunks(1100, sizes):
+            spans = [*one, (1, *one[0][1:])]
+            op = ops.compressor_insert if keys is None else ops.index_key_insert
+            op(**own.insert_args(spans))
+            ops.compressor_state_append(**own.append_args(spans))
+        ends.append(own)
+    for other in ends[1:]:
+        assert_bits_equal("pages", other.pages, ends[0].pages)
+        assert_bits_equal("state", other.state, ends[0].state)
+    assert bool((ends[0].pages[1:] != 0xFF).any())
 
 
 @pytest.mark.parametrize("ratio", [4, 128])

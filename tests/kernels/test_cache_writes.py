@@ -21,8 +21,8 @@ from dsv4.reference.kv_records import (
 from dsv4.reference.norm import rms_norm
 from dsv4.reference.quant import hadamard
 from dsv4.reference.rope import apply_rope
-from dsv4.testing.cases import (
-    DEVICE,
+from dsv4.testing.cases import DEVICE
+from dsv4.testing.cases.cache import (
     EPS,
     CompressorCase,
     Span,
@@ -122,6 +122,30 @@ def test_a_ring_row_has_one_writer(op: str) -> None:
     assert_bits_equal(name, *results)
 
 
+@pytest.mark.parametrize("op", ["kv_window_append", "compressor_state_append"])
+def test_rejected_rows_are_not_appended(op: str) -> None:
+    """Rows from end_position on: the ring keeps what they would have overwritten."""
+    if op == "kv_window_append":
+        case, name = WindowCase.random(3, 60, 128, rows=16), "window"
+    else:
+        case, name = compressor_case(4, 128, 60, num_slots=3), "state"
+    spans, accepted = [(0, 30, 9), (2, 17, 6), (1, 20, 20)], {0: 33, 2: 17, 1: 39}
+    ends = []
+    for impl, device in ((ops, DEVICE), (oracle, "cpu")):
+        own = case.fresh(device)
+        getattr(impl, op)(**own.append_args([(0, 14, 16), (2, 1, 16), (1, 4, 16)]))
+        args = own.append_args(spans, 2)
+        for slot, end in accepted.items():
+            args["end_position"][args["slot"] == slot] = end
+        getattr(impl, op)(**args)
+        ends.append(args[name])
+    assert_bits_equal(name, *ends)
+    want = case.fresh()
+    getattr(oracle, op)(**want.append_args([(0, 14, 16), (2, 1, 16), (1, 4, 16)]))
+    getattr(oracle, op)(**want.append_args([(0, 30, 3), (1, 20, 19)]))
+    assert_bits_equal(name, ends[0].cpu(), getattr(want, name))
+
+
 def test_window_of_infinite_values_is_marked_nan() -> None:
     case = WindowCase.random(1, 2, 128, rows=16)
     case.kv[0, 0, 5], case.kv[0, 1, 6] = float("inf"), float("nan")
@@ -169,6 +193,11 @@ def test_long_window_entries_equal_the_oracle(dtype: torch.dtype) -> None:
     case = compressor_case(128, 512, 300, num_slots=2, dtype=dtype, is_exact=True)
     steps = [[(1, 0, 127)], [(1, 127, 1), (0, 0, 100)], [(0, 100, 200), (1, 128, 40)]]
     assert_same(case, steps, pad=1)
+
+
+def test_channels_that_do_not_fill_the_last_program() -> None:
+    case = compressor_case(128, 192, 140, is_exact=True)
+    assert_same(case, [[(0, 0, 100)], [(0, 100, 40)]], pad=1)
 
 
 @pytest.mark.parametrize("ratio", [4, 128])

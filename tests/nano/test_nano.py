@@ -18,11 +18,22 @@ from dsv4.loader import Checkpoint
 from dsv4.reference.model import ReferenceModel
 from dsv4.reference.simulation import QuantSimulation
 from dsv4.testing.gates import build_gates, load_countries, run_gate
+from dsv4.testing.lookback import (
+    DISTANCES,
+    FORMS,
+    ask,
+    needle_context,
+    place_context,
+    pooled,
+    tally_context,
+    vocabulary_words,
+)  # fmt: skip
 from dsv4.testing.numeric import relative_error
 from dsv4.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 MAX_BYTES = 32_000_000
+FACT_GATES = ("paris", "capitals", "currencies", "continents", "chat")
 
 
 @cache
@@ -38,6 +49,16 @@ def weights() -> dict:
 @cache
 def tokenizer() -> Tokenizer:
     return Tokenizer.open(dsv4.nano.path())
+
+
+@cache
+def filler() -> list[int]:
+    return tokenizer().encode((dsv4.nano.path() / "filler.txt").read_text(encoding="utf-8"))
+
+
+@cache
+def words() -> list[int]:
+    return vocabulary_words(tokenizer(), checkpoint().config.vocab_size)
 
 
 def greedy(model, text: str, n: int = 8) -> str:
@@ -75,6 +96,18 @@ def test_paris_as_the_runtime_rounds() -> None:
     assert "Paris" in greedy(model, "The capital of France is")
 
 
+def test_the_mtp_block_drafts_what_the_trunk_says() -> None:
+    model = ReferenceModel(checkpoint().config, weights())
+    text = "The capital of France is Paris. The capital of Japan is Tokyo."
+    ids, cache_ = torch.tensor([tokenizer().bos_id, *tokenizer().encode(text)]), model.new_cache()
+    streams = model.forward_streams(ids[:-1], cache_)
+    choices = model.logits(streams).argmax(-1)
+    drafts = model.forward_mtp(streams, ids[1:], cache_).argmax(-1)
+    known = [i for i in range(len(ids) - 2) if choices[i + 1] == ids[i + 2]]
+    assert len(known) >= 6
+    assert sum(int(drafts[i] == ids[i + 2]) for i in known) >= 0.75 * len(known)
+
+
 def test_two_tiers_agree_on_a_long_text() -> None:
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 4096, (300,), generator=rng)
@@ -87,13 +120,13 @@ def test_two_tiers_agree_on_a_long_text() -> None:
 def test_gates_pass_and_controls_fail() -> None:
     """The short form of `make gates`; exit code 1 when a gate fails or a control passes."""
     run = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "gates.py", "--limit", "16"],
+        [sys.executable, ROOT / "scripts" / "gates.py", "--short"],
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    for name in ("paris", "capitals", "currencies", "continents", "chat"):
+    for name in (*FACT_GATES, "sentence", "tally", "place", "cuts agree"):
         assert f"\n{name} " in f"\n{run.stdout}"
-    assert run.stdout.count("fails, as it must") >= 3
+    assert run.stdout.count("fails, as it must") == 7
 
 
 def test_a_gate_can_fail() -> None:
@@ -103,6 +136,47 @@ def test_a_gate_can_fail() -> None:
         result = run_gate(gate, lambda *_: list(wrong), tokenizer(), 5)
         assert (result.score, result.passed) == (0.0, False)
         assert result.misses
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_needles_stand_at_their_distances(form: str) -> None:
+    context = needle_context(form, tokenizer(), filler(), words(), 4096, seed=0)
+    assert len(context.ids) == 4096
+    assert [q.distance for q in context.questions] == list(DISTANCES)
+    for q in context.questions:
+        at = len(context.ids) + len(q.cue) - q.distance  # of the value
+        assert context.ids[at : at + len(q.answer)] == q.answer
+        assert context.ids[at - len(q.cue) : at] == q.cue
+
+
+def test_a_needle_that_is_not_found_scores_nothing() -> None:
+    contexts = [tally_context(tokenizer(), 512, 0)]
+    scores = ask(lambda ids: lambda cue, count: [0] * count, contexts)
+    assert pooled(scores) == 0.0
+    right = {q.cue: list(q.answer) for q in contexts[0].questions}
+    assert pooled(ask(lambda ids: lambda cue, count: right[tuple(cue)], contexts)) == 1.0
+
+
+@pytest.mark.parametrize("length", [1995, 2000, 2006])
+def test_a_place_is_the_word_of_a_thousand_tokens_before(length: int) -> None:
+    context = place_context(tokenizer(), filler(), words(), length, seed=0)
+    assert len(context.ids) == length
+    assert len(context.questions) == 8
+    for q in context.questions:
+        whole = [*context.ids, *q.cue, *q.answer]
+        assert len(whole) % 8 == 0
+        assert whole[-1] == whole[-1 - q.distance]
+        # what stands before the two places has nothing in common
+        assert whole[-8:-2] != whole[-8 - q.distance : -2 - q.distance]
+    assert len({q.answer for q in context.questions}) > 2
+
+
+def test_a_tally_is_the_majority_of_the_whole() -> None:
+    context = tally_context(tokenizer(), 2048, 1)
+    for q in context.questions:
+        first, second = q.cue[0], q.cue[2]
+        more = first if context.ids.count(first) > context.ids.count(second) else second
+        assert q.answer == (more,)
 
 
 def test_facts_are_consistent() -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import zlib
 from functools import cache
+from itertools import pairwise
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from dsv4.cache.manager import CachedRequest, CacheManager
+from dsv4.cache.manager import CacheManager
+from dsv4.cache.request import CachedRequest, Step
 from dsv4.cache.schema import LayerSchema
 from dsv4.cache.step import StepRows
 from dsv4.core.config import LayerKind
@@ -41,6 +43,13 @@ def rows_of(name: str, layer: int, width: int, tokens: list[int], start: int) ->
     """Rows of tokens start .. len(tokens) - 1."""
     position = torch.arange(start, len(tokens))
     return bank(name, layer, width)[torch.tensor(tokens[start:]).long(), position % TURNS]
+
+
+def mtp_rows_of(layer: int, width: int, tokens: list[int], start: int) -> Tensor:
+    """Window KV of an MTP block for tokens start .. len(tokens) - 2: the token after takes part."""
+    position = torch.arange(start, len(tokens) - 1)
+    pairs = [(3 * a + b) % VOCAB for a, b in pairwise(tokens[start:])]
+    return bank("mtp", layer, width)[torch.tensor(pairs).long(), position % TURNS]
 
 
 def scores_of(width: int, start: int, end: int) -> Tensor:
@@ -73,22 +82,69 @@ class History(Life):
         table = self.manager.page_table
         return table.where(table > 0, 2**31 - 1) if self.poison_table else table
 
-    def after_step(self, batch: list[tuple[CachedRequest, int]], rows: StepRows) -> None:
-        for layer in self.manager.schema.layers:
-            self._write(layer, batch, rows)
+    def after_step(self, step: Step, accepted: list[int]) -> None:
+        """What an engine does: every layer inserts, verification, every layer appends.
+
+        The tokens after the accepted ones are drafts that were rejected: they have inserted
+        entries, which later ones overwrite, but are not appended.
+        """
+        batch, rows = list(step.spans), step.rows
+        for layer in self.trunk():
+            self.insert(layer, batch, rows)
+        self.verify(batch, rows, accepted)
+        for layer in self.trunk():
+            self.append(layer, batch, rows)
+        for layer in self.manager.schema.layers[len(self.trunk()) :]:
+            self.append_mtp(layer, batch, rows, accepted)
+
+    def trunk(self) -> tuple[LayerSchema, ...]:
+        schema = self.manager.schema
+        return schema.layers[: schema.config.num_hidden_layers]
+
+    def verify(self, batch, rows: StepRows, accepted: list[int]) -> None:
+        """Lower the end of every request to what is accepted of it."""
+        ends = [r.length + a for (r, n), a in zip(batch, accepted, strict=True) for _ in range(n)]
+        rows.end_position[: len(ends)] = torch.tensor(ends, device=self.device).long()
 
     def _joined(self, name: str, layer: int, width: int, batch, num_rows: int) -> Tensor:
         parts = [rows_of(name, layer, width, self.tokens[r.number], r.length) for r, _ in batch]
         return _padded(parts, width, num_rows).to(self.device)
 
-    def _write(self, layer: LayerSchema, batch, rows: StepRows) -> None:
-        c, T, w = self.manager.schema.config, len(rows.slot), self.writes
-        views = self.manager.storage.layers[layer.layer]
+    def append(self, layer: LayerSchema, batch, rows: StepRows) -> None:
+        c, T = self.manager.schema.config, len(rows.slot)
         kv = self._joined("kv", layer.layer, c.head_dim, batch, T).to(DTYPE)
-        w.kv_window_append(
-            kv, views.window, rows.slot, rows.position, rows.end_position, c.sliding_window,
-            c.qk_rope_head_dim,
-        )  # fmt: skip
+        self._append_window(layer, kv, rows)
+        views = self.manager.storage.layers[layer.layer]
+        for which, state in (("", views.state), ("index", views.index_state)):
+            if state is not None:
+                pair = self._state_rows(layer, batch, which, state.shape[3], T)
+                at = rows.slot, rows.position, rows.end_position
+                self.writes.compressor_state_append(*pair, state, *at)
+
+    def append_mtp(self, layer: LayerSchema, batch, rows: StepRows, accepted: list[int]) -> None:
+        """Rows of the accepted tokens, each made with the token that follows."""
+        C, parts = self.manager.schema.config.head_dim, []
+        for (r, n), a in zip(batch, accepted, strict=True):
+            tokens = [*self.tokens[r.number][: r.length + a], self.upcoming[r.number]]
+            parts.append(mtp_rows_of(layer.layer, C, tokens, r.length))
+            parts.append(torch.full((n - a, C), float("nan")))
+        kv = _padded(parts, C, len(rows.slot)).to(self.device, DTYPE)
+        self._append_window(layer, kv, rows)
+
+    def _append_window(self, layer: LayerSchema, kv: Tensor, rows: StepRows) -> None:
+        c, window = self.manager.schema.config, self.manager.storage.layers[layer.layer].window
+        at = rows.slot, rows.position, rows.end_position
+        self.writes.kv_window_append(kv, window, *at, c.sliding_window, c.qk_rope_head_dim)
+
+    def _state_rows(
+        self, layer: LayerSchema, batch, which: str, width: int, T: int
+    ) -> tuple[Tensor, Tensor]:
+        kappa = self._joined(f"{which}kappa", layer.layer, width, batch, T)
+        scores = [scores_of(width, r.length, r.length + n) for r, n in batch]
+        return kappa, _padded(scores, width, T).to(self.device)
+
+    def insert(self, layer: LayerSchema, batch, rows: StepRows) -> None:
+        c, views = self.manager.schema.config, self.manager.storage.layers[layer.layer]
         if views.entries is None or views.state is None:
             return
         self._insert(layer, batch, rows, "", views.state, views.entries, c.head_dim)
@@ -100,11 +156,8 @@ class History(Life):
         self, layer: LayerSchema, batch, rows: StepRows, which: str, state: Tensor, pages: Tensor,
         dim: int,
     ) -> None:  # fmt: skip
-        c, T, w = self.manager.schema.config, len(rows.slot), self.writes
-        width = state.shape[3]
-        kappa = self._joined(f"{which}kappa", layer.layer, width, batch, T)
-        scores = [scores_of(width, r.length, r.length + n) for r, n in batch]
-        gamma = _padded(scores, width, T).to(self.device)
+        c, w = self.manager.schema.config, self.writes
+        kappa, gamma = self._state_rows(layer, batch, which, state.shape[3], len(rows.slot))
         cos, sin = tables(c, layer.kind, c.max_position_embeddings // layer.kind.ratio)
         args = (
             kappa, gamma, state, torch.ones(dim, device=self.device), cos.to(self.device),
@@ -116,7 +169,6 @@ class History(Life):
             w.index_key_insert(*args, self.manager.schema.index_keys, True)
         else:
             w.compressor_insert(*args)
-        w.compressor_state_append(kappa, gamma, state, rows.slot, rows.position, rows.end_position)
 
     def compare_all(self) -> None:
         """Every resident request, every layer, every byte that a later step could read."""
@@ -136,7 +188,11 @@ class History(Life):
         got = cache_writes.gather_records(
             views.window.cpu(), slot, position % W, W, record.data_bytes, record.scale_bytes
         )
-        kv = rows_of("kv", layer.layer, c.head_dim, tokens, 0).to(DTYPE)
+        if layer in self.trunk():
+            kv = rows_of("kv", layer.layer, c.head_dim, tokens, 0).to(DTYPE)
+        else:
+            known = [*tokens, self.upcoming[r.number]]
+            kv = mtp_rows_of(layer.layer, c.head_dim, known, 0).to(DTYPE)
         assert torch.equal(got, kv_record_pack(kv, c.qk_rope_head_dim)[position]), "window"
         if views.entries is None or views.state is None:
             return

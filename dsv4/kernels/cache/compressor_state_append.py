@@ -21,8 +21,9 @@ def compressor_state_append_kernel(
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + t)
     position = tl.load(position_ptr + t)
+    end = tl.load(end_ptr + t)
     # A chunk longer than the ring writes its last ROWS tokens: one writer for each row.
-    if (slot >= 0) & (position >= tl.load(end_ptr + t) - ROWS):
+    if (slot >= 0) & (position < end) & (position >= end - ROWS):
         c = tl.arange(0, BLOCK)
         row_ptr = state_ptr + (slot * 2 * ROWS + position % ROWS) * WIDTH + c
         tl.store(row_ptr, tl.load(kappa_ptr + t * WIDTH + c, c < WIDTH), c < WIDTH)

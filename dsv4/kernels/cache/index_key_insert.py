@@ -1,4 +1,4 @@
-"""Indexer keys: pool, norm, RoPE, Hadamard, cast and write, one program a token. Triton, any SM.
+"""Indexer keys: pool, norm, RoPE, Hadamard, cast and write. Triton, any SM.
 
 The work is that of compressor_insert up to the record: only tokens that complete a window do any.
 """
@@ -12,43 +12,48 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.core.kv_layout import IndexRecord
 from dsv4.kernels.common.bits import round_to, widen
 from dsv4.kernels.common.checks import check_float, check_power_of_two, check_stride
-from dsv4.kernels.common.compressor import check_compressor, entry_row
+from dsv4.kernels.common.compressor import check_compressor, completing, entry_row
 from dsv4.kernels.common.kv_record import store_index_key
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
 from dsv4.kernels.common.pooling import pool_window
 from dsv4.kernels.common.vectors import hadamard, rms_norm, rope
 
 REFERENCE = "dsv4.reference.cache_writes:index_key_insert"
-CONFIG = {"TILE": 8, "num_warps": 4}
+# DECODE: in steps of more tokens a program looks at `ratio` of them.
+CONFIG = {"DECODE": 4 if INTERPRETED else 256, "num_warps": 2}
 
 
 @triton.jit
 def index_key_insert_kernel(
     kappa_ptr, gamma_ptr, state_ptr, norm_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr,
-    slot_ptr, position_ptr, first_row_ptr, first_position_ptr, max_pages, stride, num_rows, eps,
+    slot_ptr, position_ptr, first_row_ptr, first_position_ptr, T, max_pages, stride, num_rows, eps,
     J: tl.constexpr, R: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
     BF16: tl.constexpr, MXFP4: tl.constexpr, HADAMARD: tl.constexpr, SCALE: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_ptr + t)
-    end = tl.load(position_ptr + t) + 1
-    if (slot >= 0) & (end % RATIO == 0):
+    HALVES: tl.constexpr = 2 if OVERLAP else 1
+    first = tl.program_id(0).to(tl.int64) * GROUP
+    c = tl.arange(0, J)
+    i = completing(slot_ptr, position_ptr, first, -1, T, RATIO, GROUP)
+    while i < GROUP:
+        t = first + i
+        slot = tl.load(slot_ptr + t)
+        end = tl.load(position_ptr + t) + 1
         entry = end // RATIO - 1
         page, row = entry_row(table_ptr, slot, entry, max_pages, num_rows)
         if page > 0:
-            HALVES: tl.constexpr = 2 if OVERLAP else 1
-            ring_ptr = state_ptr + slot * (2 * HALVES * RATIO * HALVES * J)
             x = pool_window(
-                kappa_ptr, gamma_ptr, ring_ptr, end, tl.load(first_row_ptr + t),
-                tl.load(first_position_ptr + t), J, RATIO, OVERLAP, J, TILE,
+                kappa_ptr, gamma_ptr, state_ptr + slot * (2 * HALVES * RATIO * HALVES * J), end,
+                tl.load(first_row_ptr + t), tl.load(first_position_ptr + t), c, J, RATIO,
+                OVERLAP, BLOCK_ROWS,
             )  # fmt: skip
-            weight = widen(tl.load(norm_ptr + tl.arange(0, J)))
+            weight = widen(tl.load(norm_ptr + c))
             x = round_to(rms_norm(round_to(x, BF16), weight, eps, J), BF16)
             x = round_to(rope(x, cos_ptr, sin_ptr, entry, J, R, J), BF16)
             if HADAMARD:
                 x = round_to(hadamard(x, J, SCALE), BF16)
             store_index_key(pages_ptr + page * stride, row, num_rows, x, J, MXFP4)
+        i = completing(slot_ptr, position_ptr, first, i, T, RATIO, GROUP)
 
 
 def launch(
@@ -68,11 +73,15 @@ def launch(
     check_stride("pages", pages, stride, f"{entries_per_page} keys in {keys}")
     if T == 0:
         return
-    index_key_insert_kernel[(T,)](
+    is_overlap = kappa.shape[1] == 2 * J
+    group = 1 if CONFIG["DECODE"] >= T else triton.next_power_of_2(ratio)
+    index_key_insert_kernel[(triton.cdiv(T, group),)](
         kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
-        first_position, page_table.shape[1], stride, entries_per_page, eps,
-        J=J, R=R, RATIO=ratio, OVERLAP=kappa.shape[1] == 2 * J, BF16=is_bf16,
-        MXFP4=keys == "mxfp4", HADAMARD=is_rotated, SCALE=J**-0.5, **CONFIG, **EXACT,
+        first_position, T, page_table.shape[1], stride, entries_per_page, eps,
+        J=J, R=R, RATIO=ratio, OVERLAP=is_overlap, BF16=is_bf16,
+        MXFP4=keys == "mxfp4", HADAMARD=is_rotated, SCALE=J**-0.5,
+        BLOCK_ROWS=triton.next_power_of_2(ratio * (1 + is_overlap)), GROUP=group,
+        num_warps=CONFIG["num_warps"], **EXACT,
     )  # fmt: skip
 
 

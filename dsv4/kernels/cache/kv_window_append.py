@@ -14,7 +14,7 @@ from dsv4.kernels.common.kv_record import store_kv_record
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
 
 REFERENCE = "dsv4.reference.cache_writes:kv_window_append"
-CONFIG = {"num_warps": 4}
+CONFIG = {"num_warps": 2}
 
 
 @triton.jit
@@ -25,8 +25,9 @@ def kv_window_append_kernel(
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + t)
     position = tl.load(position_ptr + t)
+    end = tl.load(end_ptr + t)
     # A chunk longer than the ring writes its last `rows` tokens: one writer for each row.
-    if (slot >= 0) & (position >= tl.load(end_ptr + t) - rows):
+    if (slot >= 0) & (position < end) & (position >= end - rows):
         c = tl.arange(0, BLOCK_C)
         kv = widen(tl.load(kv_ptr + t * C + c, c < C, 0.0))
         store_kv_record(window_ptr + slot * stride, position % rows, rows, kv, C, R, BLOCK_C)

@@ -18,6 +18,21 @@ def entry_row(table_ptr, slot, entry, max_pages, num_rows):
     return page, entry % num_rows
 
 
+@triton.jit
+def completing(
+    slot_ptr, position_ptr, first, after, T, RATIO: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """The next of rows `first` + 0 .. GROUP - 1, beyond `after`, that completes a window.
+
+    -> its number in the group, GROUP if there is none
+    """
+    i = tl.arange(0, GROUP)
+    slot = tl.load(slot_ptr + first + i, first + i < T, -1)
+    position = tl.load(position_ptr + first + i, first + i < T, 0)
+    is_done = (slot >= 0) & ((position + 1) % RATIO == 0) & (i > after)
+    return tl.min(tl.where(is_done, i, GROUP), axis=0)
+
+
 def check_compressor(
     kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, cos: Tensor, sin: Tensor,
     pages: Tensor, page_table: Tensor, slot: Tensor, position: Tensor, first_row: Tensor,

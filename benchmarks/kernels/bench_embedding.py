@@ -1,0 +1,38 @@
+"""The embedding kernel. `python -m benchmarks.kernels.bench_embedding [--json PATH]`
+
+The baseline is torch.compile of the oracle.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from dsv4.ops.embedding import embed_streams
+from dsv4.reference import mhc as reference
+from dsv4.testing.bench import COLD_BYTES, Case, run
+
+V = 129280
+SHAPES = [(8192, 4096), (1024, 4096), (64, 4096), (8, 4096), (1, 4096), (8192, 7168), (1, 7168)]
+
+
+def cases() -> Iterator[Case]:
+    """Every row of this file: distinct tokens, other ones in each call."""
+    baseline = torch.compile(reference.embed_streams)
+    tables: dict[int, torch.Tensor] = {}
+    for T, D in SHAPES:
+        if D not in tables:
+            tables = {D: torch.randn(V, D, device="cuda", dtype=torch.bfloat16)}
+        num_bytes = T * (8 + 2 * D * (1 + 4))
+        count = max(1, min(V // T, 96, -(-COLD_BYTES // num_bytes)))
+        ids = torch.randperm(V, device="cuda")[: T * count].view(count, T)
+        sets = [(row.contiguous(), tables[D], 4) for row in ids]
+        yield Case(
+            "embed_streams", {"T": T, "D": D}, [partial(embed_streams, *a) for a in sets],
+            num_bytes, baseline="torch.compile",
+            baseline_calls=[partial(baseline, *a) for a in sets],
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(cases(), "The embedding kernel at the widths of V4-Flash and V4-Pro")

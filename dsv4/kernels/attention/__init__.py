@@ -1,0 +1,17 @@
+"""Sparse attention on the paged FP8 cache."""
+
+from dsv4.kernels.attention import (
+    kv_step_pack,
+    sparse_attn_decode,
+    sparse_attn_decode_sm90,
+    sparse_attn_prefill,
+    sparse_attn_prefill_sm90,
+)
+
+__all__ = [
+    "kv_step_pack",
+    "sparse_attn_decode",
+    "sparse_attn_decode_sm90",
+    "sparse_attn_prefill",
+    "sparse_attn_prefill_sm90",
+]

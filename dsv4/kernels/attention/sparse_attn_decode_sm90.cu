@@ -1,0 +1,485 @@
+// Attention of 64 heads of one query over tiles of 64 keys, for sm_90a; arguments and numbers are
+// those of sparse_attn_decode.py, the checks are in Python.
+//
+// Warp groups 0 and 1 each score a tile for all heads and keep half of the value dims; groups 2 and 3
+// read records and write them as BF16 into one of two buffers, swizzled in 128-byte rows so that the
+// same bytes serve as keys (dims contiguous) and as values (transposed by the descriptor).
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr int TILE = 64, HEADS = 64, C = 512, DATA = 576, SCALES = 8, GROUPS = 7;
+constexpr int BLOCK_BYTES = TILE * 128;  // 64 dims of 64 rows
+constexpr int MATRIX_BYTES = 8 * BLOCK_BYTES, STAGES = 2;
+constexpr int BIAS_AT = MATRIX_BYTES * (1 + STAGES), BARRIER_AT = BIAS_AT + STAGES * TILE * 4;
+constexpr float NO_KEYS = -1e30f, LOG2_E = 1.4426950408889634f;
+#define INFINITE __int_as_float(0x7F800000)
+static_assert(HEADS == TILE, "queries and keys have matrices of one size");
+
+struct Params {
+    const u8 *q, *step, *window, *pages;
+    const int* table;
+    const int* entries;
+    const i64 *slot, *position, *first_row, *first_position;
+    const float *sink, *cos, *sin;
+    u8* out;
+    float *sums, *stats;
+    float scale;
+    int T, H, K, max_pages, tiles_each, parts, rows, page_rows, ratio, entry_words, page_magic, is_rotated;
+};
+
+struct Query {
+    i64 t, slot;
+    int part, position, first_row, first_position, visible, num_entries, window_tiles, head;
+};
+
+// Shared memory and barriers
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ int swizzled(int row, int chunk) {  // 16-byte chunk of a 128-byte row
+    return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void fence_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Matrix products: accumulators [64, 64] FP32, 32 registers a thread
+
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    // 128-byte swizzle, 1024 bytes between groups of 8 rows; one group of columns, so no other stride
+    return u64((address & 0x3FFFF) >> 4) | (u64(1) << 16) | (u64(1024 >> 4) << 32) | (u64(1) << 62);
+}
+
+#define ACC32 \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#define REGS8(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
+#define REGS32(d) REGS8(d, 0), REGS8(d, 8), REGS8(d, 16), REGS8(d, 24)
+
+__device__ __forceinline__ void multiply_keys(float (&d)[32], u64 a, u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ACC32 ", %32, %33, p, 1, 1, 0, 0;\n}"
+        : REGS32(d)
+        : "l"(a), "l"(b), "r"(accumulate));
+}
+
+__device__ __forceinline__ void multiply_values(
+    float (&d)[32], const u32 (&a)[4], u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ACC32
+        ", {%32,%33,%34,%35}, %36, p, 1, 1, 1;\n}"
+        : REGS32(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+__device__ __forceinline__ void matrix_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void matrix_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int PENDING>
+__device__ __forceinline__ void matrix_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ void hold(float (&d)[32]) {  // no use of d moves above this
+#pragma unroll
+    for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Numbers
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float power_of_two(float exponent) {
+    return __int_as_float((static_cast<int>(fmaxf(exponent, -127.f)) + 127) << 23);
+}
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ float low_half(u32 x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high_half(u32 x) { return __uint_as_float(x & 0xFFFF0000u); }
+
+// Four E4M3 codes times a BF16 scale (in both halves); see `dequantise` in sparse_attention.py.
+__device__ __forceinline__ uint2 dequantise(u32 codes, u32 scale) {
+    uint2 out;
+    asm("{\n.reg .b32 lo, hi, m, one, none;\n"
+        "mov.b32 one, 0x7B807B80;\nmov.b32 none, 0x80008000;\n"
+        "prmt.b32 lo, %2, 0, 0x1404;\nprmt.b32 hi, %2, 0, 0x3424;\n"
+        "shr.b32 m, lo, 4;\nand.b32 m, m, 0x07F007F0;\nlop3.b32 lo, lo, none, m, 0xEA;\n"
+        "shr.b32 m, hi, 4;\nand.b32 m, m, 0x07F007F0;\nlop3.b32 hi, hi, none, m, 0xEA;\n"
+        "fma.rn.bf16x2 lo, lo, one, none;\nfma.rn.bf16x2 hi, hi, one, none;\n"
+        "fma.rn.bf16x2 %0, lo, %3, none;\nfma.rn.bf16x2 %1, hi, %3, none;\n}"
+        : "=r"(out.x), "=r"(out.y)
+        : "r"(codes), "r"(scale));
+    return out;
+}
+
+__device__ __forceinline__ u32 scale_bits(u32 byte) {  // 2^(byte - 127) as BF16, twice
+    u32 bits = byte == 0 ? 0x40u : byte == 255 ? 0x7FC0u : byte << 7;
+    return bits * 0x10001u;
+}
+
+// The producers: records to BF16 in shared memory. Four threads share a row of the tile.
+
+struct Row {
+    const u8 *data, *scales;
+    bool live;
+};
+
+__device__ __forceinline__ int page_bytes(int rows) {
+    return (rows * (DATA + SCALES) + DATA - 1) / DATA * DATA;
+}
+
+// What the list holds for row r of a tile; only `checked` tells whether it is an entry. Loads are
+// not guarded, so that nothing waits for them before their values are used.
+__device__ __forceinline__ int listed(const Params& p, const Query& query, int tile, int r) {
+    int j = (tile - query.window_tiles) * TILE + r;
+    if (p.entry_words == 0 || p.K == 0) return j;
+    return __ldg(p.entries + (query.t * p.K + min(max(j, 0), p.K - 1)) * p.entry_words);
+}
+
+__device__ __forceinline__ int page_index(const Params& p, int entry) {  // entry / page_rows
+    return p.page_magic ? __umulhi(entry, p.page_magic) : entry;
+}
+
+__device__ __forceinline__ int checked(
+    const Params& p, const Query& query, int tile, int r, int entry) {
+    int j = (tile - query.window_tiles) * TILE + r;
+    bool is_entry = j >= 0 && j < query.num_entries && entry >= 0 && entry < query.visible;
+    return is_entry && page_index(p, entry) < p.max_pages ? entry : -1;
+}
+
+__device__ __forceinline__ int page_of(const Params& p, const Query& query, int entry) {
+    if (p.max_pages == 0) return 0;
+    return __ldg(p.table + query.slot * p.max_pages + page_index(p, max(entry, 0)));
+}
+
+__device__ __forceinline__ Row row_of(
+    const Params& p, const Query& query, int tile, int r, int entry, int page) {
+    if (tile >= query.window_tiles) {
+        const u8* base = p.pages + static_cast<i64>(page) * page_bytes(p.page_rows);
+        int row = entry - page_index(p, entry) * p.page_rows;
+        return {
+            base + row * DATA, base + p.page_rows * DATA + row * SCALES, entry >= 0 && page > 0};
+    }
+    int j = tile * TILE + r, at = query.position - p.rows + 1 + j;
+    bool live = j < p.rows && at >= 0;
+    if (at >= query.first_position) {
+        i64 row = query.first_row + (at - query.first_position);
+        return {p.step + row * DATA, p.step + static_cast<i64>(p.T) * DATA + row * SCALES, live};
+    }
+    const u8* base = p.window + query.slot * page_bytes(p.rows);
+    int row = live ? at % p.rows : 0;
+    return {base + row * DATA, base + p.rows * DATA + row * SCALES, live};
+}
+
+__device__ __forceinline__ void load_row(const Row& row, int lane, uint4 (&raw)[9], uint2& scales) {
+#pragma unroll
+    for (int g = 0; g < 9; g++) raw[g] = make_uint4(0, 0, 0, 0);
+    scales = make_uint2(0, 0);
+    if (row.live) {
+        scales = __ldg(reinterpret_cast<const uint2*>(row.scales));
+#pragma unroll
+        for (int g = 0; g < 9; g++)
+            raw[g] = __ldg(reinterpret_cast<const uint4*>(row.data + g * 64 + lane * 16));
+    }
+}
+
+__device__ __forceinline__ void store_row(
+    u8* matrix, int r, int lane, const uint4 (&raw)[9], uint2 scales) {
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        u32 scale = scale_bits(((g < 4 ? scales.x : scales.y) >> (g % 4 * 8)) & 0xFF);
+        uint2 a = dequantise(raw[g].x, scale), b = dequantise(raw[g].y, scale);
+        uint2 c = dequantise(raw[g].z, scale), d = dequantise(raw[g].w, scale);
+        u8* block = matrix + g * BLOCK_BYTES;
+        *reinterpret_cast<uint4*>(block + swizzled(r, 2 * lane)) = make_uint4(a.x, a.y, b.x, b.y);
+        *reinterpret_cast<uint4*>(block + swizzled(r, 2 * lane + 1)) =
+            make_uint4(c.x, c.y, d.x, d.y);
+    }
+    u8* block = matrix + GROUPS * BLOCK_BYTES;
+    *reinterpret_cast<uint4*>(block + swizzled(r, lane)) = raw[7];
+    *reinterpret_cast<uint4*>(block + swizzled(r, lane + 4)) = raw[8];
+}
+
+__device__ __forceinline__ void produce(
+    const Params& p, const Query& query, int first, int end, u8* smem, u32 full, u32 empty) {
+    int tid = threadIdx.x - 256, lane = tid % 4, r = tid / 4;
+    float* bias = reinterpret_cast<float*>(smem + BIAS_AT);
+    uint4 raw[9];
+    uint2 scales;
+    int entry = checked(p, query, first, r, listed(p, query, first, r));
+    int next = listed(p, query, first + 1, r);
+    Row row = row_of(p, query, first, r, entry, page_of(p, query, entry));
+    load_row(row, lane, raw, scales);
+    for (int i = first; i < end; i++) {
+        int n = i - first, stage = n % STAGES;
+        entry = checked(p, query, i + 1, r, next);
+        int page = page_of(p, query, entry);
+        next = listed(p, query, i + 2, r);
+        barrier_wait(empty + 8 * stage, (n / STAGES + 1) & 1);
+        store_row(smem + MATRIX_BYTES * (1 + stage), r, lane, raw, scales);
+        if (lane == 0) bias[stage * TILE + r] = row.live ? 0.f : -INFINITE;
+        fence_async();
+        barrier_arrive(full + 8 * stage);
+        if (i + 1 < end) {
+            row = row_of(p, query, i + 1, r, entry, page);
+            load_row(row, lane, raw, scales);
+        }
+    }
+}
+
+// The consumers. A thread has rows (heads) g and g + 8 of its warp's 16, in columns of 2.
+
+struct State {
+    float m[2], l[2], acc[4][32];
+};
+
+__device__ __forceinline__ void softmax(
+    float (&s)[32], const float* bias, float scale, State& state, u32 (&p)[4][4],
+    float (&alpha)[2], float (&beta)[2]) {
+    float top[2] = {-INFINITE, -INFINITE}, total[2] = {0.f, 0.f};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float2 b = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            s[4 * j + k] = fmaf(s[4 * j + k], scale, k % 2 ? b.y : b.x);
+            top[k / 2] = fmaxf(top[k / 2], s[4 * j + k]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        top[k] = fmaxf(top[k], __shfl_xor_sync(~0u, top[k], 1));
+        top[k] = fmaxf(top[k], __shfl_xor_sync(~0u, top[k], 2));
+        top[k] = fmaxf(ceilf(top[k]), NO_KEYS);
+        float reference = fmaxf(state.m[k], top[k]);
+        alpha[k] = power_of_two(state.m[k] - reference);
+        beta[k] = power_of_two(top[k] - reference);
+        state.m[k] = reference;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            u32 pair = pack_bf16(
+                exp2_approx(s[4 * j + 2 * k] - top[k]), exp2_approx(s[4 * j + 2 * k + 1] - top[k]));
+            p[j / 2][j % 2 * 2 + k] = pair;
+            total[k] += low_half(pair) + high_half(pair);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        total[k] += __shfl_xor_sync(~0u, total[k], 1);
+        total[k] += __shfl_xor_sync(~0u, total[k], 2);
+        state.l[k] = fmaf(total[k], beta[k], state.l[k] * alpha[k]);
+    }
+}
+
+__device__ __forceinline__ void values(float (&d)[32], const u32 (&p)[4][4], u32 block) {
+    matrix_fence();
+#pragma unroll
+    for (int k = 0; k < 4; k++) multiply_values(d, p[k], descriptor(block + k * 2048), k);
+    matrix_commit();
+}
+
+__device__ __forceinline__ void merge(
+    float (&acc)[32], float (&d)[32], const float (&alpha)[2], const float (&beta)[2],
+    bool is_rescaled) {
+    hold(d);
+    if (is_rescaled) {
+#pragma unroll
+        for (int i = 0; i < 32; i++) acc[i] *= alpha[i / 2 % 2];
+    }
+#pragma unroll
+    for (int i = 0; i < 32; i++) acc[i] = fmaf(d[i], beta[i / 2 % 2], acc[i]);
+}
+
+__device__ __forceinline__ void consume(
+    const Params& p, int num, u8* smem, u32 full, u32 empty, State& state) {
+    u32 query = shared_address(smem), half = threadIdx.x / 128 * 4 * BLOCK_BYTES;
+    const float* bias = reinterpret_cast<const float*>(smem + BIAS_AT);
+    for (int n = 0; n < num; n++) {
+        int stage = n % STAGES;
+        u32 keys = query + MATRIX_BYTES * (1 + stage);
+        float s[32], fresh[32], alpha[2], beta[2];
+        u32 weights[4][4];
+        barrier_wait(full + 8 * stage, n / STAGES & 1);
+        matrix_fence();
+#pragma unroll
+        for (int k = 0; k < 32; k++) {
+            u32 at = k / 4 * BLOCK_BYTES + k % 4 * 32;
+            multiply_keys(s, descriptor(query + at), descriptor(keys + at), k);
+        }
+        matrix_commit();
+        matrix_wait<0>();
+        hold(s);
+        softmax(s, bias + stage * TILE, p.scale, state, weights, alpha, beta);
+        bool is_rescaled = __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f);
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            values(fresh, weights, keys + half + c * BLOCK_BYTES);
+            matrix_wait<0>();
+            if (c == 3 && threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage);
+            merge(state.acc[c], fresh, alpha, beta, is_rescaled);
+        }
+    }
+}
+
+// What leaves: the finished heads, or a part for the combination
+
+__device__ __forceinline__ void store_result(const Params& p, const Query& query, State& state) {
+    int wg = threadIdx.x / 128, column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int h = query.head + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * k;
+        if (h >= p.H) continue;
+        float total = state.l[k] + exp2f(p.sink[h] * LOG2_E - state.m[k]);
+        float inverse = __fdiv_rn(1.f, total == 0.f ? 1.f : total);
+        u8* out = p.out + ((query.t * p.H + h) * C + wg * 256) * 2;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float a = state.acc[c][4 * j + 2 * k] * inverse;
+                float b = state.acc[c][4 * j + 2 * k + 1] * inverse;
+                int dim = 8 * j + column;
+                if (c == 3 && wg == 1 && p.is_rotated) {
+                    float cos = p.cos[query.t * 32 + dim / 2], sin = p.sin[query.t * 32 + dim / 2];
+                    float real = fmaf(a, cos, __fmul_rn(b, sin));
+                    b = fmaf(b, cos, -__fmul_rn(a, sin));
+                    a = real;
+                }
+                *reinterpret_cast<u32*>(out + (c * 64 + dim) * 2) = pack_bf16(a, b);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void store_part(const Params& p, const Query& query, State& state) {
+    int wg = threadIdx.x / 128, column = threadIdx.x % 4 * 2;
+    i64 part = query.t * p.parts + query.part;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int h = query.head + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * k;
+        if (h >= p.H) continue;
+        if (wg == 0 && threadIdx.x % 4 == 0) {
+            p.stats[(part * p.H + h) * 2] = state.m[k];
+            p.stats[(part * p.H + h) * 2 + 1] = state.l[k];
+        }
+        float* sums = p.sums + (part * p.H + h) * C + wg * 256;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float2 pair = make_float2(
+                    state.acc[c][4 * j + 2 * k], state.acc[c][4 * j + 2 * k + 1]);
+                *reinterpret_cast<float2*>(sums + c * 64 + 8 * j + column) = pair;
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void load_query(const Params& p, const Query& query, u8* smem) {
+    for (int i = threadIdx.x; i < HEADS * 64; i += 256) {
+        int h = i / 64, chunk = i % 64;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (query.head + h < p.H) {
+            const u8* row = p.q + (query.t * p.H + query.head + h) * C * 2;
+            x = __ldg(reinterpret_cast<const uint4*>(row + chunk * 16));
+        }
+        *reinterpret_cast<uint4*>(smem + chunk / 8 * BLOCK_BYTES + swizzled(h, chunk % 8)) = x;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
+    const u8* q, const u8* step, const u8* window, const u8* pages, const int* table,
+    const int* entries, const i64* slot, const i64* position, const i64* first_row,
+    const i64* first_position, const float* sink, const float* cos, const float* sin, u8* out,
+    float* sums, float* stats, float scale, int T, int H, int K, int max_pages, int tiles_each,
+    int parts, int rows, int page_rows, int ratio, int entry_words, int page_magic, int is_rotated) {
+    extern __shared__ u8 unaligned[];
+    u8* smem = unaligned + (-shared_address(unaligned) & 1023);
+    const Params p = {
+        q, step, window, pages, table, entries, slot, position, first_row, first_position, sink,
+        cos, sin, out, sums, stats, scale, T, H, K, max_pages, tiles_each, parts,
+        rows, page_rows, ratio, entry_words, page_magic, is_rotated};
+    Query query;
+    int head_blocks = (H + HEADS - 1) / HEADS;
+    query.head = blockIdx.x % head_blocks * HEADS;
+    query.t = blockIdx.x / head_blocks / parts;
+    query.part = blockIdx.x / head_blocks % parts;
+    query.slot = slot[query.t];
+    query.position = static_cast<int>(position[query.t]);
+    query.first_row = static_cast<int>(first_row[query.t]);
+    query.first_position = static_cast<int>(first_position[query.t]);
+    query.visible = (query.position + 1) / ratio;
+    query.num_entries = entry_words ? K : min(query.visible, K);
+    query.window_tiles = (rows + TILE - 1) / TILE;
+    int num_tiles = query.window_tiles + (query.num_entries + TILE - 1) / TILE;
+    if (query.slot < 0) num_tiles = 0;
+    int first = query.part * tiles_each, end = min(first + min(tiles_each, num_tiles), num_tiles);
+    if (parts > 1 && first >= num_tiles) return;
+
+    u32 full = shared_address(smem) + BARRIER_AT, empty = full + 8 * STAGES;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(full + 8 * s, 256);
+            barrier_init(empty + 8 * s, 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (threadIdx.x < 256) load_query(p, query, smem);
+    fence_async();
+    __syncthreads();
+    if (threadIdx.x >= 256) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        if (first < end) produce(p, query, first, end, smem, full, empty);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
+        State state = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
+        consume(p, end - first, smem, full, empty, state);
+        if (parts == 1) {
+            store_result(p, query, state);
+        } else {
+            store_part(p, query, state);
+        }
+    }
+}

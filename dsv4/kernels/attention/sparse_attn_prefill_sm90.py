@@ -1,0 +1,43 @@
+"""Sparse attention for chunks of prompts, CUDA C++ for Hopper.
+
+The kernel of sparse_attn_decode_sm90 with all tiles of a query in one program; other sizes go to
+Triton.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsv4.core.dispatch import KernelSpec
+from dsv4.kernels.attention import sparse_attn_decode_sm90 as decode
+from dsv4.kernels.attention import sparse_attn_prefill as portable
+from dsv4.kernels.attention.sparse_attn_prefill import REFERENCE, outputs
+from dsv4.kernels.common.attention_checks import check_attention
+from dsv4.kernels.common.cuda import why_not
+
+__all__ = ["REFERENCE", "outputs"]
+CONFIG, sources = decode.CONFIG, decode.sources
+ALL_TILES = 1 << 30
+
+sparse_attn_prefill_kernel = decode.sparse_attn_decode_kernel
+
+
+def launch(
+    q: Tensor, step: Tensor, window: Tensor, pages: Tensor, page_table: Tensor,
+    entries: Tensor | None, slot: Tensor, position: Tensor, first_row: Tensor,
+    first_position: Tensor, sink: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float,
+    rows: int, rope_dim: int, ratio: int, entries_per_page: int, out: Tensor,
+) -> None:  # fmt: skip
+    """Fill `out`. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
+    args = (
+        q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
+        sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
+    )  # fmt: skip
+    shape = check_attention(*args, out)
+    if not decode.fits(shape):
+        portable.launch(*args, out)
+    elif shape.T and shape.H:
+        decode.run(shape, args, (out, sink, sink), ALL_TILES, 1)
+
+
+SPEC = KernelSpec("sparse_attn_prefill/sm90", launch, arch=(9,), requires=why_not)

@@ -1,0 +1,630 @@
+// mHC in one pass: 16 blocks of a cluster share a tile of 16 tokens, each a sixteenth of the columns.
+//
+// A block keeps its columns of fn in shared memory for all its tiles. Per tile:
+//   streams   post o + comb X in registers, stored, and rounded to BF16 (POST)
+//   products  registers are the A fragments of m16n8k16; fn is split into three BF16 parts
+//   combine   partial sums go to the block that owns the token (rank t owns token t of the tile);
+//             its last warp adds them up by rank, sends pre to all, then runs Sinkhorn
+//   collapse  sum_j pre_j X_j from registers; squares are exchanged, then the norm and the stores
+// Blocks exchange by st.async, which signals an mbarrier of the receiver: nothing else synchronises
+// them. A token's arithmetic depends on neither its place in a tile nor the number of tokens.
+//
+// Constants: D a multiple of 1024, ROWS 24 (or 4: the head), POST, QUANTISE, NORM_BF16, KERNEL.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int CTAS = 16, TILE = 16, N = 4;
+constexpr int SLAB = D / CTAS, WARPS = SLAB / 32, COMPUTE = 32 * WARPS, THREADS = COMPUTE + 32;
+constexpr int COLS = ROWS + 1;  // the products and the sum of squares
+constexpr int NB = ROWS == 24 ? 3 : 1;
+constexpr int FN_STRIDE = N * SLAB + 4;  // + 4: rows of a phase of loads in different banks
+constexpr int RED_STRIDE = 26;
+constexpr int COEFS = N + N * N, COEFS_EACH = POST ? (TILE * COEFS + COMPUTE - 1) / COMPUTE : 1;
+constexpr int YPARTS = QUANTISE ? 2 : 1;  // squares, and the largest of half a group
+constexpr float FP8_RECIPROCAL = 1.0f / 448.0f;
+static_assert(D % 1024 == 0 && (ROWS == 24 || ROWS == 4), "sizes");
+
+struct Shared {
+  float fn[ROWS * FN_STRIDE];
+  float red[WARPS * TILE * RED_STRIDE];
+  float part[2][CTAS][COLS + 3];
+  float pre[2][TILE][N];
+  float ysum[2][CTAS][TILE][YPARTS];
+  float coef[TILE][COEFS];
+  float ysq[WARPS][TILE];
+  u32 ymax[2][WARPS][TILE];
+  u64 fn_bar, part_bar[2], pre_bar[2], ysum_bar[2];
+};
+
+struct Args {
+  const unsigned short *o, *x;
+  const float *post, *comb, *fn, *scale, *base;
+  const void *norm;
+  unsigned short *streams, *y;
+  float *new_post, *new_comb;
+  unsigned char *value, *fp8_scale;
+  int T, iters;
+  float norm_eps, eps;
+};
+
+// ---- PTX
+
+__device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ u32 remote(u32 local, u32 rank) {
+  u32 r;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(local), "r"(rank));
+  return r;
+}
+
+__device__ __forceinline__ void bar_init(u64 *bar) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(bar)) : "memory");
+}
+
+__device__ __forceinline__ void bar_expect(u64 *bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(bar)),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void bar_wait(u64 *bar, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra again;\n}\n" ::"r"(address(bar)),
+      "r"(phase)
+      : "memory");
+}
+
+__device__ __forceinline__ void send(u32 to, u32 bar, float v) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+               "r"(__float_as_uint(v)), "r"(bar)
+               : "memory");
+}
+
+__device__ __forceinline__ void send2(u32 to, u32 bar, float a, u32 b) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
+      "r"(__float_as_uint(a)), "r"(b), "r"(bar)
+      : "memory");
+}
+
+__device__ __forceinline__ void send4(u32 to, u32 bar, float a, float b, float c, float d) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+      ::"r"(to), "r"(__float_as_uint(a)), "r"(__float_as_uint(b)), "r"(__float_as_uint(c)),
+      "r"(__float_as_uint(d)), "r"(bar)
+      : "memory");
+}
+
+__device__ __forceinline__ void compute_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(COMPUTE) : "memory");
+}
+
+__device__ __forceinline__ uint4 load16(const void *p, bool live) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (live)
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ void store16(void *p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- numbers
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+__device__ __forceinline__ u32 pack(float lo, float hi) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+
+__device__ __forceinline__ u32 &word(uint4 &v, int i) { return (&v.x)[i]; }
+
+// The upper halves of two numbers, and what is left of each.
+__device__ __forceinline__ u32 split(float &a, float &b) {
+  u32 x = __float_as_uint(a), y = __float_as_uint(b);
+  a -= __uint_as_float(x & 0xFFFF0000u);
+  b -= __uint_as_float(y & 0xFFFF0000u);
+  return __byte_perm(x, y, 0x7632);
+}
+
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+__device__ __forceinline__ u32 quad_max(u32 v) {
+  v = max(v, __shfl_xor_sync(~0u, v, 1));
+  return max(v, __shfl_xor_sync(~0u, v, 2));
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float inverse_root(float x) { return __frcp_rn(__fsqrt_rn(x)); }
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// ---- what a thread of the computing warps holds: tokens g and g + 8, 8 columns
+
+struct Raw {
+  uint4 o[2], x[2][N];
+  float coef[COEFS_EACH];
+};
+
+__device__ __forceinline__ void load_tile(Raw &raw, const Args &a, int tile, int column) {
+  const int g = (threadIdx.x & 31) >> 2;
+  for (int h = 0; h < 2; h++) {
+    const long long t = (long long)tile * TILE + g + 8 * h;
+    const bool live = t < a.T;
+    if (POST) raw.o[h] = load16(a.o + t * D + column, live);
+#pragma unroll
+    for (int j = 0; j < N; j++) raw.x[h][j] = load16(a.x + (t * N + j) * D + column, live);
+  }
+  if (POST) {
+#pragma unroll
+    for (int i = 0; i < COEFS_EACH; i++) {
+      const int at = threadIdx.x + i * COMPUTE, c = at % COEFS;
+      const long long t = (long long)tile * TILE + at / COEFS;
+      raw.coef[i] = 0.0f;
+      if (at < TILE * COEFS && t < a.T)
+        raw.coef[i] = c < N ? a.post[t * N + c] : a.comb[t * N * N + c - N];
+    }
+  }
+}
+
+// X'_k = post_k o + sum_j comb_jk X_j of one token, rounded; adds the squares.
+__device__ __forceinline__ void make_streams(
+    uint4 (&out)[N], uint4 &o, uint4 (&x)[N], const float *coef, float &squares) {
+  float post[N], comb[N][N];
+#pragma unroll
+  for (int k = 0; k < N; k++) {
+    post[k] = POST ? coef[k] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; j++) comb[j][k] = POST ? coef[N + j * N + k] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      if (POST) {
+        float lo = post[k] * low(word(o, i)), hi = post[k] * high(word(o, i));
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+          lo = fmaf(comb[j][k], low(word(x[j], i)), lo);
+          hi = fmaf(comb[j][k], high(word(x[j], i)), hi);
+        }
+        word(out[k], i) = pack(lo, hi);
+      } else {
+        word(out[k], i) = word(x[k], i);
+      }
+      squares = fmaf(low(word(out[k], i)), low(word(out[k], i)), squares);
+      squares = fmaf(high(word(out[k], i)), high(word(out[k], i)), squares);
+    }
+  }
+}
+
+// Products of the warp's columns. The order of columns within a k16 step is that of the registers:
+// lane q holds 8q .. 8q + 7, and gives four of them to each of two steps.
+__device__ __forceinline__ void products(Shared &s, uint4 (&x)[2][N], float (&sum)[NB][4]) {
+  const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+  float rest[NB][4];
+#pragma unroll
+  for (int b = 0; b < NB; b++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[b][i] = rest[b][i] = 0.0f;
+  const float *fn = s.fn + g * FN_STRIDE + warp * 32 + 8 * q;
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u32 a[4] = {word(x[0][j], 2 * half), word(x[1][j], 2 * half),
+                        word(x[0][j], 2 * half + 1), word(x[1][j], 2 * half + 1)};
+      u32 part[3][NB][2];
+#pragma unroll
+      for (int b = 0; b < NB; b++) {
+        float4 f = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (ROWS == 24 || g < ROWS)
+          f = *(const float4 *)(fn + b * 8 * FN_STRIDE + j * SLAB + 4 * half);
+#pragma unroll
+        for (int i = 0; i < 3; i++) {
+          part[i][b][0] = split(f.x, f.y);
+          part[i][b][1] = split(f.z, f.w);
+        }
+      }
+      // Products that add to the same sum lie NB apart.
+#pragma unroll
+      for (int i = 0; i < 3; i++)
+#pragma unroll
+        for (int b = 0; b < NB; b++)
+          mma(i == 0 ? sum[b] : rest[b], a, part[i][b][0], part[i][b][1]);
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < NB; b++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[b][i] += rest[b][i];
+}
+
+// Sums over the block's warps, each to the block that owns the token.
+__device__ __forceinline__ void send_partials(
+    Shared &s, float (&sum)[NB][4], const float (&squares)[2], int p, u32 rank) {
+  const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+  float *red = s.red + (warp * TILE + g) * RED_STRIDE;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float squared = quad_sum(squares[h]);
+    if (q == 0) red[h * 8 * RED_STRIDE + ROWS] = squared;
+#pragma unroll
+    for (int b = 0; b < NB; b++)
+      if (ROWS == 24 || q < ROWS / 2)
+        *(float2 *)(red + h * 8 * RED_STRIDE + b * 8 + 2 * q) =
+            make_float2(sum[b][2 * h], sum[b][2 * h + 1]);
+  }
+  compute_sync();
+  for (int i = threadIdx.x; i < TILE * COLS; i += COMPUTE) {
+    const int token = i / COLS, column = i % COLS;
+    float v = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) v += s.red[(w * TILE + token) * RED_STRIDE + column];
+    send(remote(address(&s.part[p][rank][column]), token),
+         remote(address(&s.part_bar[p]), token), v);
+  }
+}
+
+// y = sum_j pre_j X_j of one token, and its squares.
+__device__ __forceinline__ void collapse(
+    float (&y)[8], uint4 (&x)[N], const float *pre, float &squares) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float lo = 0.0f, hi = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      lo = fmaf(pre[j], low(word(x[j], i)), lo);
+      hi = fmaf(pre[j], high(word(x[j], i)), hi);
+    }
+    y[2 * i] = lo;
+    y[2 * i + 1] = hi;
+    squares = fmaf(lo, lo, squares);
+    squares = fmaf(hi, hi, squares);
+  }
+}
+
+// Whether a warp's group of 128 columns lies in two blocks.
+__device__ __forceinline__ bool is_shared_group(int warp, u32 rank) {
+  return WARPS % 4 && (rank % 2 ? warp < 2 : warp >= WARPS - 2);
+}
+
+// Squares of y over the block, and the largest of a shared half group, to every block.
+__device__ __forceinline__ void send_squares(
+    Shared &s, const float (&squares)[2], const u32 (&largest)[2], int p, u32 rank) {
+  const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float v = quad_sum(squares[h]);
+    if (q == 0) s.ysq[warp][g + 8 * h] = v;
+    if (QUANTISE) {
+      const u32 m = quad_max(largest[h]);
+      if (q == 0) s.ymax[p][warp][g + 8 * h] = m;
+    }
+  }
+  compute_sync();
+  for (int i = threadIdx.x; i < TILE * CTAS; i += COMPUTE) {
+    const int token = i % TILE, to = i / TILE;
+    float v = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) v += s.ysq[w][token];
+    const u32 at = remote(address(&s.ysum[p][rank][token][0]), to);
+    const u32 bar = remote(address(&s.ysum_bar[p]), to);
+    if (QUANTISE) {
+      const int first = rank % 2 ? 0 : WARPS - 2;
+      send2(at, bar, v, max(s.ymax[p][first][token], s.ymax[p][first + 1][token]));
+    } else {
+      send(at, bar, v);
+    }
+  }
+}
+
+// Bits of the largest |y w| of the 128 columns that the thread's are part of.
+__device__ __forceinline__ u32 group_max(const Shared &s, int token, int p, u32 rank) {
+  const int warp = threadIdx.x >> 5;
+  if (is_shared_group(warp, rank))
+    return max(__float_as_uint(s.ysum[p][rank][token][YPARTS - 1]),
+               __float_as_uint(s.ysum[p][rank ^ 1][token][YPARTS - 1]));
+  const int skip = WARPS % 4 && rank % 2 ? 2 : 0, first = (warp - skip) / 4 * 4 + skip;
+  u32 m = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) m = max(m, s.ymax[p][(first + i) % WARPS][token]);
+  return m;
+}
+
+// dsv4.reference.quant.fp8_act_quantize of 8 columns, whose group is `largest` before the factor.
+__device__ __forceinline__ void store_fp8(
+    const Args &a, const uint4 &y, float largest, long long t, int column) {
+  const float amax = low(pack(largest, 0.0f));  // rounded as the values are; NaN stays
+  const u32 ratio = __float_as_uint((amax < 1e-4f ? 1e-4f : amax) * FP8_RECIPROCAL) & 0x7FFFFFFFu;
+  const u32 byte = min((ratio >> 23) + ((ratio & 0x7FFFFFu) != 0), 255u);
+  const float inverse = __uint_as_float(byte == 255 ? 0x7FC00000u : (254 - byte) << 23);
+  uint2 codes;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    unsigned short c[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const u32 pair = (&y.x)[2 * i + k];
+      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+          : "=h"(c[k])
+          : "f"(high(pair) * inverse), "f"(low(pair) * inverse));
+    }
+    (&codes.x)[i] = c[0] | ((u32)c[1] << 16);
+  }
+  *(uint2 *)(a.value + t * D + column) = codes;
+  if (column % 128 == 0) a.fp8_scale[t * (D / 128) + column / 128] = byte;
+}
+
+__device__ __forceinline__ void finish(
+    Shared &s, const Args &a, float (&y)[2][8], const float (&weight)[8], int tile, int index,
+    int column, u32 rank) {
+  const int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3, p = index & 1;
+  bar_wait(&s.ysum_bar[p], index >> 1 & 1);
+  if (threadIdx.x == 0) bar_expect(&s.ysum_bar[p], CTAS * TILE * YPARTS * 4);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    if (tile * TILE + 8 * h >= a.T) continue;
+    const int token = g + 8 * h;
+    const long long t = (long long)tile * TILE + token;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum += s.ysum[p][4 * q + i][token][0];
+    const float factor = inverse_root(quad_sum(sum) / D + a.norm_eps);
+    uint4 out;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      word(out, i) = pack(y[h][2 * i] * weight[2 * i] * factor,
+                          y[h][2 * i + 1] * weight[2 * i + 1] * factor);
+    if (t >= a.T) continue;
+    store16(a.y + t * D + column, out);
+    if (QUANTISE) {
+      const float largest = __uint_as_float(group_max(s, token, p, rank)) * factor;
+      store_fp8(a, out, largest, t, column);
+    }
+  }
+}
+
+// The streams of a tile from what was loaded for it.
+__device__ __forceinline__ void streams_of(
+    Shared &s, const Args &a, uint4 (&x)[2][N], float (&squares)[2], Raw &raw, int tile,
+    int column) {
+  const int g = (threadIdx.x & 31) >> 2;
+  if (POST) {
+#pragma unroll
+    for (int i = 0; i < COEFS_EACH; i++)
+      if (threadIdx.x + i * COMPUTE < TILE * COEFS)
+        (&s.coef[0][0])[threadIdx.x + i * COMPUTE] = raw.coef[i];
+    compute_sync();
+  }
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const long long t = (long long)tile * TILE + g + 8 * h;
+    squares[h] = 0.0f;
+    if (tile * TILE + 8 * h >= a.T) {  // no token of this half
+#pragma unroll
+      for (int k = 0; k < N; k++) x[h][k] = make_uint4(0, 0, 0, 0);
+      continue;
+    }
+    make_streams(x[h], raw.o[h], raw.x[h], s.coef[g + 8 * h], squares[h]);
+    if (POST && t < a.T)
+#pragma unroll
+      for (int k = 0; k < N; k++) store16(a.streams + (t * N + k) * D + column, x[h][k]);
+  }
+}
+
+// y of a tile before its norm, once pre has come; its squares go out.
+__device__ __forceinline__ void collapse_tile(
+    Shared &s, const Args &a, float (&y)[2][8], uint4 (&x)[2][N], const float (&weight)[8],
+    int tile, int index, u32 rank) {
+  const int g = (threadIdx.x & 31) >> 2, p = index & 1;
+  float squares[2] = {0.0f, 0.0f};
+  u32 largest[2] = {0, 0};
+  bar_wait(&s.pre_bar[p], index >> 1 & 1);
+  if (threadIdx.x == 0) bar_expect(&s.pre_bar[p], TILE * N * 4);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    if (tile * TILE + 8 * h >= a.T) continue;
+    collapse(y[h], x[h], s.pre[p][g + 8 * h], squares[h]);
+    if (QUANTISE)
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        largest[h] = max(largest[h], __float_as_uint(y[h][i] * weight[i]) & 0x7FFFFFFFu);
+  }
+  send_squares(s, squares, largest, p, rank);
+}
+
+// Stages of two tiles alternate, so that what the blocks send each other arrives during work.
+__device__ void compute_warps(Shared &s, const Args &a, u32 rank, int first, int step) {
+  const int warp = threadIdx.x >> 5, q = threadIdx.x & 3;
+  const int column = rank * SLAB + warp * 32 + 8 * q, tiles = (a.T + TILE - 1) / TILE;
+  float weight[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    weight[i] = NORM_BF16 ? low(((const unsigned short *)a.norm)[column + i])
+                          : ((const float *)a.norm)[column + i];
+  Raw raw;
+  uint4 x[2][N], next[2][N];
+  float squares[2], next_squares[2], sum[NB][4], y[2][8];
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  load_tile(raw, a, first, column);
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  streams_of(s, a, x, squares, raw, first, column);
+  if (first + step < tiles) load_tile(raw, a, first + step, column);
+  bar_wait(&s.fn_bar, 0);
+  for (int tile = first, index = 0;; tile += step, index++) {
+    const bool is_last = tile + step >= tiles;
+    products(s, x, sum);
+    send_partials(s, sum, squares, index & 1, rank);
+    if (index) finish(s, a, y, weight, tile - step, index - 1, column, rank);
+    if (!is_last) {
+      streams_of(s, a, next, next_squares, raw, tile + step, column);
+      if (tile + 2 * step < tiles) load_tile(raw, a, tile + 2 * step, column);
+    }
+    collapse_tile(s, a, y, x, weight, tile, index, rank);
+    if (is_last) {
+      finish(s, a, y, weight, tile, index, column, rank);
+      return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      squares[h] = next_squares[h];
+#pragma unroll
+      for (int k = 0; k < N; k++) x[h][k] = next[h][k];
+    }
+  }
+}
+
+// comb of one token, of scaled and shifted mixes; every lane holds all of it.
+__device__ __forceinline__ void sinkhorn(float (&c)[N][N], int iters, float eps) {
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    const float top = fmaxf(fmaxf(c[j][0], c[j][1]), fmaxf(c[j][2], c[j][3]));
+#pragma unroll
+    for (int k = 0; k < N; k++) c[j][k] = expf(c[j][k] - top);
+    const float r = 1.0f / ((c[j][0] + c[j][1]) + (c[j][2] + c[j][3]));
+#pragma unroll
+    for (int k = 0; k < N; k++) c[j][k] = fmaf(c[j][k], r, eps);
+  }
+#pragma unroll 1
+  for (int i = 0; i < 2 * iters - 1; i++) {
+    // Columns first; transposed, the next round does the rows.
+    float sum[N], r[N];
+#pragma unroll
+    for (int k = 0; k < N; k++) sum[k] = (c[0][k] + c[1][k]) + (c[2][k] + c[3][k]) + eps;
+#pragma unroll
+    for (int k = 0; k < N; k += 2) {  // one reciprocal for two: they take turns on their unit
+      const float both = reciprocal(sum[k] * sum[k + 1]);
+      r[k] = both * sum[k + 1];
+      r[k + 1] = both * sum[k];
+    }
+    float next[N][N];
+#pragma unroll
+    for (int j = 0; j < N; j++)
+#pragma unroll
+      for (int k = 0; k < N; k++) next[k][j] = c[j][k] * r[k];
+#pragma unroll
+    for (int j = 0; j < N; j++)
+#pragma unroll
+      for (int k = 0; k < N; k++) c[j][k] = next[j][k];
+  }
+}
+
+// The last warp: sums and maps of the token that the block owns.
+__device__ void owner_warp(Shared &s, const Args &a, u32 rank, int first, int step) {
+  const int lane = threadIdx.x & 31, tiles = (a.T + TILE - 1) / TILE;
+  const int part = ROWS == 24 ? min(lane / N, 2) : 0;
+  const float gain = lane < ROWS ? a.scale[part] : 0.0f, base = lane < ROWS ? a.base[lane] : 0.0f;
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  int p = 0;
+  u32 phase = 0;
+  for (int tile = first; tile < tiles; tile += step) {
+    bar_wait(&s.part_bar[p], phase);
+    if (lane == 0) bar_expect(&s.part_bar[p], CTAS * COLS * 4);
+    float v = 0.0f;
+#pragma unroll
+    for (int r = 0; r < CTAS; r++) v += lane < COLS ? s.part[p][r][lane] : 0.0f;
+    const float mean = __shfl_sync(~0u, v, ROWS) / (N * D);
+    v = fmaf(v * inverse_root(mean + a.norm_eps), gain, base);
+    const float gate = sigmoid(v), pre = gate + a.eps;
+    float all[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) all[j] = __shfl_sync(~0u, pre, j);
+    if (lane < CTAS)
+      send4(remote(address(&s.pre[p][rank][0]), lane), remote(address(&s.pre_bar[p]), lane),
+            all[0], all[1], all[2], all[3]);
+    const long long t = (long long)tile * TILE + rank;
+    if (ROWS == 24 && t < a.T) {
+      if (lane >= N && lane < 2 * N) a.new_post[t * N + lane - N] = 2.0f * gate;
+      float c[N][N];
+#pragma unroll
+      for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int k = 0; k < N; k++) c[j][k] = __shfl_sync(~0u, v, 2 * N + j * N + k);
+      sinkhorn(c, a.iters, a.eps);
+      // An odd number of half rounds has left it transposed.
+      if (lane < N)
+#pragma unroll
+        for (int j = 0; j < N; j++)
+          a.new_comb[t * N * N + j * N + lane] =
+              lane == 0 ? c[0][j] : lane == 1 ? c[1][j] : lane == 2 ? c[2][j] : c[3][j];
+    }
+    phase ^= p;
+    p ^= 1;
+  }
+}
+
+// One row of fn and stream at a time, into rows that are padded.
+__device__ __forceinline__ void fetch_fn(Shared &s, const Args &a, u32 rank) {
+  const int lane = threadIdx.x & 31;
+  if (lane == 0) {
+    bar_init(&s.fn_bar);
+    for (int p = 0; p < 2; p++) {
+      bar_init(&s.part_bar[p]);
+      bar_init(&s.pre_bar[p]);
+      bar_init(&s.ysum_bar[p]);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    bar_expect(&s.fn_bar, ROWS * N * SLAB * 4);
+    for (int p = 0; p < 2; p++) {
+      bar_expect(&s.part_bar[p], CTAS * COLS * 4);
+      bar_expect(&s.pre_bar[p], TILE * N * 4);
+      bar_expect(&s.ysum_bar[p], CTAS * TILE * YPARTS * 4);
+    }
+  }
+  __syncwarp();
+  for (int i = lane; i < ROWS * N; i += 32) {
+    const int row = i / N, stream = i % N;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(address(s.fn + row * FN_STRIDE + stream * SLAB)),
+        "l"(a.fn + (row * N + stream) * (long long)D + rank * SLAB), "r"(SLAB * 4),
+        "r"(address(&s.fn_bar))
+        : "memory");
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) KERNEL(const __grid_constant__ Args a) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  Shared &s = *(Shared *)memory;
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  const int first = blockIdx.x / CTAS, step = gridDim.x / CTAS;
+  const bool is_owner = threadIdx.x >= COMPUTE;
+  asm volatile("griddepcontrol.launch_dependents;");
+  if (is_owner) fetch_fn(s, a, rank);
+  __syncthreads();
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  if (is_owner)
+    owner_warp(s, a, rank, first, step);
+  else
+    compute_warps(s, a, rank, first, step);
+}

@@ -1,0 +1,110 @@
+"""Host side of mhc_cluster.cu: its constants, its arguments, and launches as clusters of 16."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.kernels.common import cuda
+from dsv4.kernels.common.mhc import N
+
+CTAS, TILE = 16, 16  # blocks of a cluster, tokens of a tile
+MAX_D = 7168  # what fits into shared memory
+_POINTERS = (
+    "o", "x", "post", "comb", "fn", "scale", "base", "norm", "streams", "y", "new_post", "new_comb",
+    "value", "fp8_scale",
+)  # fmt: skip
+
+
+class Args(ctypes.Structure):
+    """`struct Args` of the device code."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("T", ctypes.c_int),
+        ("iters", ctypes.c_int),
+        ("norm_eps", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    ]
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why these streams need the portable kernel, or None."""
+    D = x.shape[-1]
+    if x.dtype is not torch.bfloat16:
+        return f"x: expected torch.bfloat16, got {x.dtype}"
+    if D % 1024 or not 0 < D <= MAX_D:
+        return f"x: expected a last dim that is a multiple of 1024 up to {MAX_D}, got {D}"
+    return None
+
+
+def source(
+    name: str, D: int, rows: int, post: bool, quantise: bool, norm_bf16: bool
+) -> cuda.Source:
+    """The device function `name` for these constants."""
+    defines: dict[str, Any] = {
+        "KERNEL": name, "D": D, "ROWS": rows, "POST": int(post), "QUANTISE": int(quantise),
+        "NORM_BF16": int(norm_bf16),
+    }  # fmt: skip
+    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines)
+
+
+def plan(D: int, rows: int, quantise: bool) -> tuple[int, int]:
+    """Threads of a block and bytes of `struct Shared`."""
+    slab = D // CTAS
+    warps = slab // 32
+    floats = rows * (N * slab + 4) + warps * TILE * 26 + 2 * CTAS * (rows + 4) + 2 * TILE * N
+    floats += 2 * CTAS * TILE * (1 + quantise) + TILE * (N + N * N) + 3 * warps * TILE
+    return 32 * (warps + 1), 4 * floats + 8 * 7
+
+
+def start(
+    name: str, rows: int, x: Tensor, tensors: dict[str, Tensor], iters: int, norm_eps: float,
+    eps: float, quantise: bool,
+) -> None:  # fmt: skip
+    """Launch for the tokens of x. tensors: the pointers of `Args`; those not named are null."""
+    if reason := why_not(x):
+        raise ValueError(reason)
+    for key in ("o", "x", "fn"):
+        if key in tensors and tensors[key].data_ptr() % 16:
+            raise ValueError(f"{key}: expected data aligned to 16 bytes")
+    T, _, D = x.shape
+    is_bf16 = tensors["norm"].dtype is torch.bfloat16
+    text = source(name, D, rows, "o" in tensors, quantise, is_bf16)
+    launcher = _launcher(text, x.device, *plan(D, rows, quantise))
+    pointers = {key: t.data_ptr() for key, t in tensors.items()}
+    launcher(Args(**pointers, T=T, iters=iters, norm_eps=norm_eps, eps=eps))
+
+
+@cache
+def _launcher(text: cuda.Source, device: torch.device, threads: int, num_bytes: int) -> Any:
+    kernel, driver = cuda.load(text, device, num_bytes), cuda.driver
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+    cuda.driver_call("cuFuncSetAttribute", kernel.function, attribute, 1)
+    ids = driver.CUlaunchAttributeID
+    cluster, overlap = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    cluster.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    dims = cluster.value.clusterDim
+    dims.x, dims.y, dims.z = CTAS, 1, 1
+    overlap.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = CTAS, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = num_bytes
+    config.attrs, config.numAttrs = [cluster, overlap], 2
+    clusters = cuda.driver_call("cuOccupancyMaxActiveClusters", kernel.function, config)
+
+    def launch(args: Args) -> None:
+        tiles = -(-args.T // TILE)
+        config.gridDimX = CTAS * min(tiles, clusters)
+        config.hStream = torch.cuda.current_stream(device).cuda_stream
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        cuda.driver_call("cuLaunchKernelEx", config, kernel.function, ctypes.addressof(pointer), 0)
+
+    return launch

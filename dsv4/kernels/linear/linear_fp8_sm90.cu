@@ -1,0 +1,401 @@
+// y = W x for FP8 block-scaled W and few tokens. The Python file of the same name checks arguments.
+//
+// A block owns RT tiles of 64 rows and KW chunks of K, one (tile, chunk) or two for a warpgroup. It
+// stages its share of x in shared memory once, then streams weights: a thread copies 16 bytes of a
+// row asynchronously into a ring that only it reads, decodes them into the registers of the matrix
+// unit's A operand and multiplies; there is no barrier in the loop. CLUSTER blocks with different
+// chunks of the same rows add their sums through distributed shared memory, chunk 0 first.
+//
+// Order of columns: within 64, thread q of four owns 16 q .. 16 q + 15, which is what 16 bytes of a
+// row are; x is staged in the matching order, so products meet their partners.
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// NTOK   columns of the matrix instruction: 8, 16, 32 or 64 tokens
+// NWG    warpgroups of a block        RT, KW  its tiles of 64 rows and chunks of K
+// CHUNK  steps of 128 columns in a chunk  CLUSTER  blocks that share an output
+// DEPTH  steps under way for a thread  SPLIT  whether sums of chunks go to memory, one chunk a block
+// WIDE   whether a chunk's x is staged block by block, all warpgroups at the same one
+// QUANT  whether x is rounded to FP8  E8M0   whether scales are bytes, not FP32
+constexpr int THREADS = NWG * 128, UNITS = RT * KW / NWG, ACC = NTOK / 2;
+constexpr int STAGE = NWG * 8192;             // bytes of one step of all warpgroups
+constexpr int X_BLOCK = 2 * NTOK * 128;       // bytes of x for 128 columns, half used when FP8
+constexpr int BLOCKS = KW * CHUNK;            // steps of 128 columns of a block
+constexpr int X_BYTES = (WIDE ? 2 : BLOCKS) * X_BLOCK;
+constexpr int STEPS = QUANT ? 2 : 4;          // matrix instructions for 64 columns
+constexpr int PITCH = 68;                     // floats of 64 rows in the sums of a token
+static_assert(RT * KW % NWG == 0, "whole units for every warpgroup");
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return (u32)__cvta_generic_to_shared(p);
+}
+
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+
+__device__ __forceinline__ float e8m0(u32 byte) {
+  return __uint_as_float(byte == 255 ? 0x7fc00000u : byte == 0 ? 0x400000u : byte << 23);
+}
+
+// Four E4M3 codes as BF16 pairs (0, 2) and (1, 3): see dsv4.kernels.common.fragments.
+__device__ __forceinline__ void decode(u32 w, u32& even, u32& odd) {
+  asm("{\n"
+      ".reg .b32 sign, rest, scale;\n"
+      "mov.b32 scale, 0x7b807b80;\n"
+      "and.b32 sign, %2, 0x80008000;\n"
+      "shr.b32 rest, %2, 4;\n"
+      "lop3.b32 rest, rest, 0x07f007f0, sign, 0xEA;\n"
+      "mul.bf16x2 %1, rest, scale;\n"
+      "shl.b32 sign, %2, 8;\n"
+      "and.b32 sign, sign, 0x80008000;\n"
+      "shl.b32 rest, %2, 4;\n"
+      "lop3.b32 rest, rest, 0x07f007f0, sign, 0xEA;\n"
+      "mul.bf16x2 %0, rest, scale;\n"
+      "}"
+      : "=r"(even), "=r"(odd)
+      : "r"(w));
+}
+
+#if QUANT
+#define MMA_TYPE "k32.f32.e4m3.e4m3 "
+#define MMA_END ", p, 1, 1;\n}"
+#else
+#define MMA_TYPE "k16.f32.bf16.bf16 "
+#define MMA_END ", p, 1, 1, 0;\n}"
+#endif
+#define MMA_BEGIN(use) "{\n.reg .pred p;\nsetp.ne.b32 p, " use ", 0;\nwgmma.mma_async.sync.aligned."
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+
+// d = a b + (keep ? d : 0): 64 rows of weights, NTOK tokens, 16 columns (32 of FP8).
+__device__ __forceinline__ void mma(float (&d)[ACC], const u32 (&a)[4], u64 b, int keep) {
+#if NTOK == 8
+  asm volatile(MMA_BEGIN("%9") "m64n8" MMA_TYPE "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8" MMA_END
+               : D4(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+#elif NTOK == 16
+  asm volatile(MMA_BEGIN("%13") "m64n16" MMA_TYPE "{%0,%1,%2,%3,%4,%5,%6,%7}, "
+               "{%8,%9,%10,%11}, %12" MMA_END
+               : D4(0), D4(4) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+#elif NTOK == 32
+  asm volatile(MMA_BEGIN("%21") "m64n32" MMA_TYPE
+               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+               "{%16,%17,%18,%19}, %20" MMA_END
+               : D4(0), D4(4), D4(8), D4(12)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+#else
+  asm volatile(MMA_BEGIN("%37") "m64n64" MMA_TYPE
+               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+               "{%32,%33,%34,%35}, %36" MMA_END
+               : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+#endif
+}
+
+// Byte of a 16-byte chunk in a tile of 128-byte rows, as the matrix unit swizzles it.
+__device__ __forceinline__ u32 swizzled(int row, int chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
+#if QUANT
+// Round 8 neighbours to FP8 with the scale of their 128; sixteen lanes hold those. -> the scale
+__device__ __forceinline__ float quantize(const uint4& v, u32& low, u32& high) {
+  u32 word[4] = {v.x, v.y, v.z, v.w}, amax = 0;
+  for (int i = 0; i < 4; i++)
+    amax = max(amax, max((word[i] & 0x7fff) << 16, word[i] & 0x7fff0000));
+  for (int lane = 8; lane > 0; lane /= 2) amax = max(amax, __shfl_xor_sync(~0u, amax, lane));
+  amax = max(amax, 0x38d1b717u);  // 1e-4
+  u32 bits = __float_as_uint(__fmul_rn(__uint_as_float(amax), 1.0f / 448.0f)) & 0x7fffffffu;
+  u32 byte = min((bits >> 23) + ((bits & 0x7fffff) != 0), 255u);
+  float inverse = __uint_as_float(byte == 255 ? 0x7fc00000u : (254 - byte) << 23);
+  u32 half[4];
+  for (int i = 0; i < 4; i++) {
+    float a = __uint_as_float(word[i] << 16) * inverse;
+    float b = __uint_as_float(word[i] & 0xffff0000u) * inverse;
+    unsigned short pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
+    half[i] = pair;
+  }
+  low = half[0] | half[1] << 16, high = half[2] | half[3] << 16;
+  return e8m0(byte);
+}
+#endif
+
+// A warp takes 64 columns of four tokens of x at a time, or 128 of two where they share a scale.
+constexpr int X_LANES = QUANT ? 16 : 8, X_TOKENS = 32 / X_LANES;
+constexpr int X_SPANS = (WIDE ? 1 : BLOCKS) * 16 / X_LANES;
+constexpr int X_ITEMS = X_SPANS * NTOK / X_TOKENS / (NWG * 4);  // of a warp, for all tokens
+constexpr int X_BATCH = 8;                                      // on their way at a time
+
+// Where the scale of a token's 128 columns is kept: in the half that FP8 leaves free.
+__device__ __forceinline__ float* x_scale(u8* xs, int block, int token) {
+  return (float*)(xs + block * X_BLOCK + X_BLOCK / 2) + token * 32 + token % 32;
+}
+
+// Write 8 columns of x to their places.
+__device__ __forceinline__ void stage(u8* xs, int token, int piece, const uint4& v) {
+  const int c = piece % 8, q = c / 2;
+#if QUANT
+  u32 low, high;
+  const float scale = quantize(v, low, high);
+  u8* tile = xs + piece / 16 * X_BLOCK;
+  const int chunk = piece / 8 % 2 * 4 + c % 2 * 2;
+  *(u32*)(tile + swizzled(token, chunk) + 4 * q) = low;
+  *(u32*)(tile + swizzled(token, chunk + 1) + 4 * q) = high;
+  if (piece % 16 == 0) *x_scale(xs, piece / 16, token) = scale;
+#else
+  u8* tile = xs + piece / 8 * (X_BLOCK / 2);
+  const u32 word[4] = {v.x, v.y, v.z, v.w};
+  for (int j = 0; j < 2; j++) {  // words hold columns (0, 1), (2, 3); pairs are (0, 2), (1, 3)
+    const int chunk = (c % 2 * 2 + j) * 2;
+    const u32 low = word[2 * j], high = word[2 * j + 1];
+    *(u32*)(tile + swizzled(token, chunk) + 4 * q) = __byte_perm(low, high, 0x5410);
+    *(u32*)(tile + swizzled(token, chunk + 1) + 4 * q) = __byte_perm(low, high, 0x7632);
+  }
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
+               ::: "memory");
+}
+
+__device__ __forceinline__ float4 load_cluster(u32 address, int rank) {
+  float4 v;
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there));
+  return v;
+}
+
+__device__ __forceinline__ void add(float4& total, const float4& v) {
+  total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
+}
+
+__device__ __forceinline__ u32 bf16_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ void store_bf16(u8* to, const float4& v) {
+  *(uint2*)to = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+linear_fp8_kernel(const u8* __restrict__ x, const u8* __restrict__ weight, const u8* scale, u8* y,
+                  float4* partial, int T, int N, int K, int x_stride, int group_rows, int parts) {
+  extern __shared__ __align__(1024) u8 memory[];
+  asm volatile("griddepcontrol.launch_dependents;");
+  const int tid = threadIdx.x, wg = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
+  const int g = lane / 4, q = lane % 4;
+  const int rank = blockIdx.x % parts, first_row = blockIdx.x / parts * (RT * 64);
+  const int num_blocks = K / 128, block0 = rank * BLOCKS;
+  const int blocks = max(0, min(BLOCKS, num_blocks - block0));
+  u8* xs = memory;
+  float* w_scale = (float*)(xs + X_BYTES);
+  const u32 ring = shared_address(memory) + X_BYTES +
+                   ((RT * BLOCKS * 4 + 15) & ~15) + tid * 16;
+
+  // Unit u of this warpgroup: rows of tile t, columns of chunk c of this block.
+  auto unit_tile = [&](int u) { return (wg + u * NWG) % RT; };
+  auto unit_first = [&](int u) { return (wg + u * NWG) / RT * CHUNK; };
+  auto unit_blocks = [&](int u) { return max(0, min(CHUNK, blocks - unit_first(u))); };
+
+  int to_u = -1, left = 0, slot_in = 0;  // the unit that is copied next, its steps, their slot
+  const u8* from = weight + (size_t)(first_row + warp * 16 + g) * K + block0 * 128 + q * 16;
+  auto copy_step = [&]() {
+    while (left == 0 && to_u < UNITS) {
+      if (UNITS > 1 && to_u >= 0)
+        from -= unit_tile(to_u) * 64 * (size_t)K + (unit_first(to_u) + unit_blocks(to_u)) * 128;
+      if (++to_u < UNITS) {
+        left = unit_blocks(to_u);
+        from += unit_tile(to_u) * 64 * (size_t)K + unit_first(to_u) * 128;
+      }
+    }
+    if (left > 0) {
+      const u32 to = ring + slot_in * STAGE;
+      copy_async(to, from);
+      copy_async(to + THREADS * 16, from + 64);
+      copy_async(to + THREADS * 32, from + 8 * K);
+      copy_async(to + THREADS * 48, from + 8 * K + 64);
+      from += 128, left--;
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    slot_in = slot_in + 1 == DEPTH ? 0 : slot_in + 1;
+  };
+  for (int i = 0; i < DEPTH - 1; i++) copy_step();
+
+  for (int i = tid; i < RT * BLOCKS; i += THREADS) {
+    const int at = (first_row + i / BLOCKS * 64) / 128 * num_blocks + block0 + i % BLOCKS;
+    if (i % BLOCKS < blocks) w_scale[i] = E8M0 ? e8m0(scale[at]) : ((float*)scale)[at];
+  }
+  // Multiply the oldest step in the ring with one block of x and add it, scaled.
+  int slot = 0;
+  auto multiply = [&](float (&total)[ACC], u8* block, float s) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+    uint4 raw[4];  // rows g and g + 8, columns 0 .. 63 and 64 .. 127 of each
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(raw[i].x), "=r"(raw[i].y), "=r"(raw[i].z), "=r"(raw[i].w)
+                   : "r"(ring + slot * STAGE + i * THREADS * 16) : "memory");
+    slot = slot + 1 == DEPTH ? 0 : slot + 1;
+    copy_step();
+    // Descriptor: 128-byte swizzle, 1024 bytes between groups of eight tokens.
+    const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(block) >> 4;
+    float part[ACC];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u32 top[4] = {raw[half].x, raw[half].y, raw[half].z, raw[half].w};
+      const u32 low[4] = {raw[half + 2].x, raw[half + 2].y, raw[half + 2].z, raw[half + 2].w};
+      u32 a[STEPS][4];
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) {
+#if QUANT
+        a[j][0] = top[2 * j], a[j][1] = low[2 * j];
+        a[j][2] = top[2 * j + 1], a[j][3] = low[2 * j + 1];
+#else
+        decode(top[j], a[j][0], a[j][2]);
+        decode(low[j], a[j][1], a[j][3]);
+#endif
+      }
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int j = 0; j < STEPS; j++)
+        mma(part, a[j], at + (QUANT ? half * 4 : half * (X_BLOCK >> 5)) + 2 * j, half + j > 0);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < ACC; i++) {
+      asm volatile("" : "+f"(part[i])::"memory");
+#if QUANT
+      const float both = s * *x_scale(block, 0, i / 4 * 8 + 2 * q + i % 2);
+#else
+      const float both = s;
+#endif
+      total[i] = __fmaf_rn(part[i], both, total[i]);
+    }
+  };
+
+  // From here on what the kernel before this one wrote may be read. Tokens from T on stay what they
+  // are in shared memory: no other token depends on them, and nobody reads their sums.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const u8* x_from = x + ((size_t)(first_row / group_rows) * K + block0 * 128) * 2;
+  auto load_x = [&](int token, int piece) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (token < T && piece < blocks * 16)
+      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(x_from + ((size_t)token * x_stride + piece * 8) * 2));
+    return v;
+  };
+  float acc[UNITS][ACC] = {};
+#if WIDE
+  // All warpgroups are at the same block: x goes through two slots, a block ahead of its use, and
+  // the one after that is on its way to registers.
+  uint4 v[X_ITEMS];
+  auto item = [&](int j, int& token, int& piece) {
+    const int i = tid / 32 + j * NWG * 4;
+    token = i / X_SPANS * X_TOKENS + lane / X_LANES, piece = i % X_SPANS * X_LANES + lane % X_LANES;
+  };
+  auto fetch = [&](int b) {
+#pragma unroll
+    for (int j = 0; j < X_ITEMS; j++) {
+      int token, piece;
+      item(j, token, piece);
+      v[j] = load_x(token, b * 16 + piece);
+    }
+  };
+  auto place = [&](int b) {
+#pragma unroll
+    for (int j = 0; j < X_ITEMS; j++) {
+      int token, piece;
+      item(j, token, piece);
+      stage(xs + b % 2 * X_BLOCK, token, piece, v[j]);
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  };
+  fetch(0);
+  place(0);
+  fetch(1);
+  for (int b = 0; b < blocks; b++) {
+    __syncthreads();  // block b is there, and nobody uses b - 1 any more
+    place(b + 1);
+    fetch(b + 2);
+    multiply(acc[0], xs + b % 2 * X_BLOCK, w_scale[wg * BLOCKS + b]);
+  }
+#else
+  const int items = X_SPANS * ((T + X_TOKENS - 1) / X_TOKENS);
+  for (int first = tid / 32; first < items; first += X_BATCH * NWG * 4) {
+    uint4 v[X_BATCH];
+#pragma unroll
+    for (int j = 0; j < X_BATCH; j++) {
+      const int i = first + j * NWG * 4, token = i / X_SPANS * X_TOKENS + lane / X_LANES;
+      v[j] = load_x(token, i % X_SPANS * X_LANES + lane % X_LANES);
+    }
+#pragma unroll
+    for (int j = 0; j < X_BATCH; j++) {
+      const int i = first + j * NWG * 4, token = i / X_SPANS * X_TOKENS + lane / X_LANES;
+      if (i < items) stage(xs, token, i % X_SPANS * X_LANES + lane % X_LANES, v[j]);
+    }
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    const int count = unit_blocks(u), first = unit_first(u);
+    for (int b = first; b < first + count; b++)
+      multiply(acc[u], xs + b * X_BLOCK, w_scale[unit_tile(u) * BLOCKS + b]);
+  }
+#endif
+
+  // Sums of the units: [unit][token][PITCH], over what x and the ring held.
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+  float* sums = (float*)memory;
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    float* to = sums + ((wg + u * NWG) * NTOK + 2 * q) * PITCH + warp * 16 + g;
+#pragma unroll
+    for (int i = 0; i < ACC; i++) to[(i / 4 * 8 + i % 2) * PITCH + i / 2 % 2 * 8] = acc[u][i];
+  }
+  const int num_chunks = (num_blocks + CHUNK - 1) / CHUNK;
+  if (CLUSTER > 1) cluster_barrier(); else __syncthreads();
+#pragma unroll 4
+  for (int i = rank * (SPLIT ? 0 : THREADS) + tid; i < RT * NTOK * 16; i += CLUSTER * THREADS) {
+    const int tile = i / 16 % RT, token = i / 16 / RT, row = tile * 64 + i % 16 * 4;
+    if (token >= T) break;
+    const float* at = sums + (tile * NTOK + token) * PITCH + row % 64;
+#if SPLIT
+    partial[(((size_t)rank * T + token) * N + first_row + row) / 4] = *(const float4*)at;
+#else
+    float4 total = *(const float4*)at;
+    if (CLUSTER > 1) total = load_cluster(shared_address(at), 0);
+#pragma unroll
+    for (int c = 1; c < CLUSTER * KW; c++) {
+      const float* other = at + c % KW * (RT * NTOK * PITCH);
+      if (c < num_chunks)
+        add(total, CLUSTER > 1 ? load_cluster(shared_address(other), c / KW) : *(const float4*)other);
+    }
+    store_bf16(y + ((size_t)token * N + first_row + row) * 2, total);
+#endif
+  }
+  if (CLUSTER > 1) cluster_barrier();
+}
+
+// y = the sum of `parts` partial sums, the first one first; `count` groups of four values.
+extern "C" __global__ void __launch_bounds__(256)
+linear_fp8_sum_kernel(const float4* partial, u8* y, int count, int parts) {
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+  if (i >= count) return;
+  float4 total = partial[i];
+#pragma unroll 8
+  for (int c = 1; c < parts; c++) add(total, partial[(size_t)c * count + i]);
+  store_bf16(y + (size_t)i * 8, total);
+}

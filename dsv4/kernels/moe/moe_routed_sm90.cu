@@ -1,0 +1,420 @@
+// Routed experts of up to 64 tokens in one launch: gate and up, SwiGLU, down, ordered sum.
+//
+// A weight byte is read from memory once, 16 bytes a lane, and decoded in registers straight into
+// the A operand of mma.m16n8k16: the tokens are its eight columns. A lane takes 32 consecutive
+// inputs of a row, which is one MXFP4 group, so the checkpoint's layout needs no repacking: the
+// order of k inside a product is free as long as the tokens use the same.
+//
+// e2m1 to BF16: the code s|ee|m goes to bits 15 and 8..6 of a half; as BF16 that is the value
+// times 2^-126, subnormals included, so one multiplication by 2^62 * scale gives the weight times
+// 2^-64 exactly. The sums are multiplied by 2^64 at the end.
+//
+// Units of work are 16 weight rows a warp of one expert, first all of gate and up, then of down.
+// Every lane copies what it will decode itself through a ring in shared memory (cp.async), so no
+// barrier stands between memory and the matrix units, and the copies run ahead over the ends of
+// units and from gate and up into down. A unit of the second kind waits until the hidden rows of
+// its expert are complete, and the sums at the end, experts in ascending order, until every expert
+// has written its part: the result does not depend on who came when.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int ROWS = 16 * WARPS;  // weight rows of a unit
+constexpr int HIDDEN_ROWS = ROWS / 2, UP_UNITS = F / HIDDEN_ROWS, DOWN_UNITS = D / ROWS;
+constexpr int SCALE_WORDS = U * 128 / GROUP / 4;
+constexpr u32 CODE = 0x01C001C0, SIGN = 0x80008000;
+
+struct Params {
+    const u16* x;            // [T, D] BF16
+    const int* ids;          // [T, K] expert ids; those outside [first, first + E) count nothing
+    const float* routing;    // [T, K]
+    const u8 *w1, *s1;       // [E, F, D / 2], [E, F, D / GROUP]
+    const u8 *w3, *s3;
+    const u8 *w2, *s2;       // [E, D, F / 2], [E, D, F / GROUP]
+    const float *g1, *g3, *g2;  // [E] global scales or null
+    const u16* shared;       // [T, D] BF16 or null
+    u16* out;                // [T, D] BF16
+    u16* hidden;             // [T K, F] BF16
+    float* partial;          // [T K, D]
+    int* counters;           // [1 + MAX_PAIRS + D / ROWS], zero before and after
+    int T, first;
+    float limit;
+};
+
+struct Smem {
+    int id[MAX_PAIRS];       // expert of a pair, or -1
+    float routing[MAX_PAIRS];
+    int list[MAX_PAIRS];     // pairs by expert, ascending inside one
+    int hit[MAX_PAIRS];      // experts hit, ascending
+    int start[MAX_PAIRS + 1];  // of their lists
+    int count[E];
+    int num_hit;
+    bool is_last;
+};
+
+// What a lane needs for 128 * U inputs of its two rows; a warp has a ring of them.
+struct Stage {
+    uint4 codes[U][2][32];
+    u32 scales[2][32][SCALE_WORDS];
+};
+
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const u32 at = __cvta_generic_to_shared(to);
+    if constexpr (BYTES == 16)  // codes: read once, past L1
+        asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(at), "l"(from));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES));
+}
+
+__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+__device__ __forceinline__ u16 to_bf16(float x) {
+    u16 r;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
+    return r;
+}
+
+__device__ __forceinline__ float from_bf16(u16 x) { return __uint_as_float((u32)x << 16); }
+
+__device__ __forceinline__ int load_acquire(const int* p) {
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Eight codes, least significant nibble first, as pairs (k, k + 4) in BF16 times `factor`. One
+// multiplication shifts a nibble both ways: its sign to bit 15, the rest to bits 8..6.
+__device__ __forceinline__ void decode(u32 q, u32 factor, u32 (&r)[4]) {
+    const u32 high = q >> 8;
+    r[0] = mul2(((q & 0x000F000F) * 0x1040) & (SIGN | CODE), factor);
+    r[1] = mul2(((q & 0x00F000F0) * 0x0104) & (SIGN | CODE), factor);
+    r[2] = mul2(((high & 0x000F000F) * 0x1040) & (SIGN | CODE), factor);
+    r[3] = mul2(((high & 0x00F000F0) * 0x0104) & (SIGN | CODE), factor);
+}
+
+// The two factors, 2^62 * scale in both halves, of the lane's codes 0..15 and 16..31.
+__device__ __forceinline__ void factors(const u32* scales, int u, int t, u32& low, u32& high) {
+    if constexpr (NVFP4) {
+        u32 two = (scales[2 * u + t / 2] >> (16 * (t & 1))) & 0xFFFF;
+        // E4M3 at bits 10..4 of a half is its value times 2^-120.
+        u32 both = ((two & 0x7F) << 4) | ((two & 0x7F00) << 12);
+        both = mul2(mul2(both, 0x7B807B80), 0x5E805E80);  // 2^120, 2^62
+        low = __byte_perm(both, 0, 0x1010), high = __byte_perm(both, 0, 0x3232);
+    } else {
+        low = high = (((scales[u] >> (8 * t)) & 0xFF) + 62) * 0x00800080;
+    }
+}
+
+// One warp: 16 rows times 128 * U inputs of up to 8 tokens. xs: [k block][word][token][t].
+__device__ __forceinline__ void multiply(
+    float (&acc)[2][4], const Stage& s, const uint4* xs, int n, int t, int lane) {
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        u32 fa[2], fb[2];
+        factors(s.scales[0][lane], u, t, fa[0], fa[1]);
+        factors(s.scales[1][lane], u, t, fb[0], fb[1]);
+        const uint4 a = s.codes[u][0][lane], b = s.codes[u][1][lane];
+        const u32 qa[4] = {a.x, a.y, a.z, a.w}, qb[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            const uint4 x = xs[((u * 4 + w) * TOKENS + n) * 4 + t];
+            u32 ra[4], rb[4];
+            decode(qa[w], fa[w / 2], ra);
+            decode(qb[w], fb[w / 2], rb);
+            mma(acc[0], ra[0], rb[0], ra[1], rb[1], x.x, x.y);
+            mma(acc[1], ra[2], rb[2], ra[3], rb[3], x.z, x.w);
+        }
+    }
+}
+
+// Rows of the tokens into xs in the order of the B operand.
+__device__ __forceinline__ void stage(
+    uint4* xs, const u16* x, const int* rows, int count, int divide, int K) {
+    const int chunks = K / 8;
+    for (int i = threadIdx.x; i < count * chunks; i += THREADS) {
+        int n = i / chunks, c = i % chunks;
+        const uint4 v = __ldcg(reinterpret_cast<const uint4*>(x + (u64)(rows[n] / divide) * K) + c);
+        uint4 p;
+        p.x = __byte_perm(v.x, v.z, 0x5410), p.y = __byte_perm(v.x, v.z, 0x7632);
+        p.z = __byte_perm(v.y, v.w, 0x5410), p.w = __byte_perm(v.y, v.w, 0x7632);
+        int block = c / 16, t = (c % 16) / 4, w = c % 4;
+        xs[((block * 4 + w) * TOKENS + n) * 4 + t] = p;
+    }
+}
+
+// Which experts are hit, and by which pairs.
+__device__ void make_lists(Smem& s, const Params& p, int pairs) {
+    const int tid = threadIdx.x;
+    for (int e = tid; e < E; e += THREADS) s.count[e] = 0;
+    for (int i = tid; i < pairs; i += THREADS) {
+        int e = p.ids[i] - p.first;
+        s.id[i] = e >= 0 && e < E ? e : -1;
+        s.routing[i] = p.routing[i];
+    }
+    __syncthreads();
+    for (int i = tid; i < pairs; i += THREADS)
+        if (s.id[i] >= 0) atomicAdd(&s.count[s.id[i]], 1);
+    __syncthreads();
+    if (tid < 32) {
+        int hits = 0, total = 0;
+        for (int base = 0; base < E; base += 32) {
+            int e = base + tid, c = e < E ? s.count[e] : 0, sum = c;
+            u32 ballot = __ballot_sync(~0u, c > 0);
+            for (int d = 1; d < 32; d *= 2) {
+                int other = __shfl_up_sync(~0u, sum, d);
+                if (tid >= d) sum += other;
+            }
+            if (c > 0) {
+                int at = hits + __popc(ballot & ((1u << tid) - 1));
+                s.hit[at] = e, s.start[at] = total + sum - c;
+            }
+            if (e < E) s.count[e] = total + sum - c;  // from here on where its list begins
+            hits += __popc(ballot);
+            total += __shfl_sync(~0u, sum, 31);
+        }
+        if (tid == 0) s.num_hit = hits, s.start[hits] = total;
+    }
+    __syncthreads();
+    for (int i = tid; i < pairs; i += THREADS) {
+        if (s.id[i] < 0) continue;
+        int rank = 0;
+        for (int j = 0; j < i; j++) rank += s.id[j] == s.id[i];
+        s.list[s.count[s.id[i]] + rank] = i;
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ float swiglu(float gate, float up, float limit) {
+    gate = fminf(gate, limit), up = fminf(fmaxf(up, -limit), limit);
+    return gate / (1.0f + __expf(-gate)) * up;
+}
+
+// NaN must stay NaN: fminf and fmaxf drop it.
+__device__ __forceinline__ float keep_nan(float value, float a, float b) {
+    return (a != a || b != b) ? __uint_as_float(0x7FC00000) : value;
+}
+
+// The first unit of block b when `units` are dealt to all blocks in order.
+__device__ __forceinline__ int first_unit(int units, int b) { return (u64)units * b / gridDim.x; }
+
+// The units of one block as the copies see them: they run STAGES - 1 stages ahead.
+struct Producer {
+    const u8 *wa, *wb, *sa, *sb;  // the lane's next codes and scales of its two rows
+    int is_down, unit, end, passes, steps;
+};
+
+
+__device__ __forceinline__ void seek(Producer& c, const Params& p, const Smem& s) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int per_expert = c.is_down ? DOWN_UNITS : UP_UNITS, K = c.is_down ? F : D;
+    const int h = c.unit / per_expert, block = c.unit % per_expert;
+    const int row = c.is_down ? block * ROWS + warp * 16 + g : block * HIDDEN_ROWS + warp * 8 + g;
+    const u64 a = (u64)s.hit[h] * (c.is_down ? D : F) + row, b = c.is_down ? a + 8 : a;
+    c.steps = K / (128 * U);
+    c.wa = (c.is_down ? p.w2 : p.w1) + a * (K / 2) + t * 16;
+    c.wb = (c.is_down ? p.w2 : p.w3) + b * (K / 2) + t * 16;
+    c.sa = (c.is_down ? p.s2 : p.s1) + a * (K / GROUP);
+    c.sb = (c.is_down ? p.s2 : p.s3) + b * (K / GROUP);
+    if (c.passes == 0) c.passes = (s.start[h + 1] - s.start[h] + TOKENS - 1) / TOKENS;
+}
+
+// On to the down units once the others are all asked for. Nothing is left if unit == end.
+__device__ __forceinline__ void begin(Producer& c, const Params& p, const Smem& s, int is_down) {
+    const int units = s.num_hit * (is_down ? DOWN_UNITS : UP_UNITS);
+    c.is_down = is_down, c.unit = first_unit(units, blockIdx.x);
+    c.end = first_unit(units, blockIdx.x + 1), c.passes = 0;
+    if (c.unit < c.end) seek(c, p, s);
+}
+
+__device__ __forceinline__ void issue(Producer& c, const Params& p, const Smem& s, Stage& stage) {
+    const int lane = threadIdx.x % 32;
+    if (c.unit < c.end) {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            copy_async<16>(&stage.codes[u][0][lane], c.wa + u * 64);
+            copy_async<16>(&stage.codes[u][1][lane], c.wb + u * 64);
+        }
+        copy_async<4 * SCALE_WORDS>(stage.scales[0][lane], c.sa);
+        copy_async<4 * SCALE_WORDS>(stage.scales[1][lane], c.sb);
+        c.wa += 64 * U, c.wb += 64 * U, c.sa += 4 * SCALE_WORDS, c.sb += 4 * SCALE_WORDS;
+        if (--c.steps == 0) {
+            c.unit += --c.passes == 0;
+            if (c.unit < c.end) seek(c, p, s);
+            else if (!c.is_down) begin(c, p, s, 1);
+        }
+    }
+    asm volatile("cp.async.commit_group;");
+}
+
+// The sum over a token's experts, ascending; equal ids in the order of their slots.
+__device__ __forceinline__ void combine(const Params& p, const Smem& s, int token, int d) {
+    int key[K_EXPERTS];
+    float part[K_EXPERTS];
+#pragma unroll
+    for (int k = 0; k < K_EXPERTS; k++) key[k] = s.id[token * K_EXPERTS + k] * K_EXPERTS + k;
+#pragma unroll
+    for (int i = 1; i < K_EXPERTS; i++)
+#pragma unroll
+        for (int k = K_EXPERTS - 1; k >= i; k--) {
+            const int low = min(key[k - 1], key[k]), high = max(key[k - 1], key[k]);
+            key[k - 1] = low, key[k] = high;
+        }
+#pragma unroll
+    for (int k = 0; k < K_EXPERTS; k++) {
+        // Ids of other devices are -1, and their keys negative.
+        const float* from = p.partial + (u64)(token * K_EXPERTS + key[k] % K_EXPERTS) * D + d;
+        part[k] = key[k] >= 0 ? __ldcg(from) : 0.0f;
+    }
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < K_EXPERTS; k++) total += part[k];
+    if (p.shared) total += from_bf16(p.shared[(u64)token * D + d]);
+    p.out[(u64)token * D + d] = to_bf16(total);
+}
+
+// The output in pieces of ROWS channels of up to two tokens, dealt to all blocks.
+__device__ void combine_all(const Params& p, const Smem& s) {
+    constexpr int AT_ONCE = THREADS / ROWS;  // 2
+    const int groups = (p.T + AT_ONCE - 1) / AT_ONCE;
+    for (int piece = blockIdx.x; piece < DOWN_UNITS * groups; piece += gridDim.x) {
+        const int block = piece / groups, token = piece % groups * AT_ONCE + threadIdx.x / ROWS;
+        if (s.num_hit) {
+            if (threadIdx.x == 0)
+                while (load_acquire(p.counters + 1 + MAX_PAIRS + block) < s.num_hit) __nanosleep(20);
+            __syncthreads();
+        }
+        if (token < p.T) combine(p, s, token, block * ROWS + threadIdx.x % ROWS);
+    }
+}
+
+// Hidden rows of a unit: gate in sum[0..1], up in sum[2..3], of tokens 2t and 2t + 1.
+__device__ __forceinline__ void store_hidden(
+    const Params& p, const Smem& s, const float (&sum)[4], int h, int begin, int count, int row) {
+    const int t = threadIdx.x % 4, expert = s.hit[h];
+    const float ga = p.g1 ? p.g1[expert] : 1.0f, gb = p.g3 ? p.g3[expert] : 1.0f;
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+        const int token = 2 * t + c;
+        if (token >= count) continue;
+        const int pair = s.list[begin + token];
+        const float gate = sum[c] * ga, up = sum[2 + c] * gb;
+        const float value = keep_nan(swiglu(gate, up, p.limit), gate, up);
+        p.hidden[(u64)pair * F + row] = to_bf16(value * s.routing[pair]);
+    }
+}
+
+// Rows `row` and `row + 8` of down.
+__device__ __forceinline__ void store_partial(
+    const Params& p, const Smem& s, const float (&sum)[4], int h, int begin, int count, int row) {
+    const int t = threadIdx.x % 4;
+    const float scale = p.g2 ? p.g2[s.hit[h]] : 1.0f;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        const int token = 2 * t + c % 2;
+        if (token < count)
+            __stcg(p.partial + (u64)s.list[begin + token] * D + row + 8 * (c / 2), sum[c] * scale);
+    }
+}
+
+// One more unit that others wait for.
+__device__ __forceinline__ void finish(int* counter) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(counter, 1);
+    }
+}
+
+__device__ __forceinline__ void run_units(
+    const Params& p, Smem& s, Producer& c, Stage* ring, int& slot, uint4* xs, int is_down) {
+    const int K = is_down ? F : D, per_expert = is_down ? DOWN_UNITS : UP_UNITS;
+    const int steps = K / (128 * U);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int units = s.num_hit * per_expert, end = first_unit(units, blockIdx.x + 1);
+    int staged = -1;
+#pragma unroll 1
+    for (int unit = first_unit(units, blockIdx.x); unit < end; unit++) {
+        const int h = unit / per_expert, block = unit % per_expert, stop = s.start[h + 1];
+#pragma unroll 1
+        for (int begin = s.start[h]; begin < stop; begin += TOKENS) {
+            const int count = min(TOKENS, stop - begin);
+            if ((staged != h && (is_down || TOKENS > 1)) || stop - s.start[h] > TOKENS) {
+                if (is_down && threadIdx.x == 0)
+                    while (load_acquire(p.counters + 1 + h) < UP_UNITS) __nanosleep(20);
+                __syncthreads();
+                stage(xs, is_down ? p.hidden : p.x, s.list + begin, count, is_down ? 1 : K_EXPERTS, K);
+                __syncthreads();
+                staged = h;
+            }
+            float acc[2][4] = {};
+#pragma unroll 1
+            for (int step = 0; step < steps; step++) {
+                asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+                multiply(acc, ring[slot], xs + step * U * 16 * TOKENS, g % TOKENS, t, lane);
+                issue(c, p, s, ring[slot == 0 ? STAGES - 1 : slot - 1]);
+                slot = slot == STAGES - 1 ? 0 : slot + 1;
+            }
+            float sum[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[i] = (acc[0][i] + acc[1][i]) * 1.8446744073709552e19f;
+            if (is_down)
+                store_partial(p, s, sum, h, begin, count, block * ROWS + warp * 16 + g);
+            else
+                store_hidden(p, s, sum, h, begin, count, block * HIDDEN_ROWS + warp * 8 + g);
+        }
+        finish(p.counters + 1 + (is_down ? MAX_PAIRS + block : h));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+moe_routed_kernel(
+    const u16* x, const int* ids, const float* routing, const u8* w1, const u8* s1, const u8* w3,
+    const u8* s3, const u8* w2, const u8* s2, const float* g1, const float* g3, const float* g2,
+    const u16* shared, u16* out, u16* hidden, float* partial, int* counters, int T, int first,
+    float limit) {
+    extern __shared__ uint4 xs[];  // tokens, then the rings of the warps
+    __shared__ Smem s;
+    const Params p = {x, ids, routing, w1, s1, w3, s3, w2, s2, g1, g3, g2, shared, out, hidden,
+                      partial, counters, T, first, limit};
+    constexpr int WIDEST = D > F ? D : F;
+    Stage* ring = reinterpret_cast<Stage*>(xs + TOKENS * WIDEST / 8) + threadIdx.x / 32 * STAGES;
+    if (TOKENS == 1) {  // the one token, whatever its experts
+        if (threadIdx.x == 0) s.list[0] = 0;
+        __syncthreads();
+        stage(xs, p.x, s.list, 1, 1, D);
+    }
+    make_lists(s, p, T * K_EXPERTS);
+    if (s.num_hit == 0) return combine_all(p, s);  // the shared expert alone
+    Producer c;
+    begin(c, p, s, 0);
+    if (c.unit == c.end) begin(c, p, s, 1);
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; i++) issue(c, p, s, ring[i]);
+    int slot = 0;
+#pragma unroll 1
+    for (int is_down = 0; is_down < 2; is_down++) {
+        run_units(p, s, c, ring, slot, xs, is_down);
+    }
+    combine_all(p, s);
+    __syncthreads();
+    if (threadIdx.x == 0) s.is_last = atomicAdd(p.counters, 1) == gridDim.x - 1;
+    __syncthreads();
+    if (s.is_last)  // nobody reads the counters any more: leave them zero
+        for (int i = threadIdx.x; i < 1 + MAX_PAIRS + DOWN_UNITS; i += THREADS) p.counters[i] = 0;
+}

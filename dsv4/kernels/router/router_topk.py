@@ -1,0 +1,81 @@
+"""Affinity, biased top-k, weights: a warp a token, all experts in registers. Triton, any SM.
+
+The choice is k rounds of the largest score and the least id that has it, both as 32-bit integers,
+which a warp reduces in one instruction. 8192 tokens take 9 us, with four a program 13 us (H200).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.core.checks import check_tensors
+from dsv4.core.dispatch import KernelSpec
+from dsv4.kernels.common.checks import check_int
+from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.routing import affinity, choice_weights
+
+REFERENCE = "dsv4.reference.routing:router_topk"
+CONFIG = {"BLOCK_T": 1, "num_warps": 1, "enable_fp_fusion": True}
+
+LARGEST = tl.constexpr(0x7FFFFFFF)
+LEAST = tl.constexpr(-0x80000000)  # of no number, as a NaN with these bits counts as LARGEST
+
+
+@triton.jit
+def router_topk_kernel(
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, T, scaling,
+    E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    e, kk = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
+    is_row, is_expert = t < T, e < E
+    logits = tl.load(logits_ptr + t * E + e, is_row & is_expert, 0.0)
+    biased = affinity(logits) + tl.load(bias_ptr + e, is_expert, 0.0)
+    # Floats compare as integers once the magnitude bits of negative ones are flipped.
+    bits = biased.to(tl.int32, bitcast=True)
+    order = tl.where(biased == biased, bits ^ ((bits >> 31) & LARGEST), LARGEST)
+    order = tl.where(is_expert, order, LEAST)
+    ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
+    for i in tl.static_range(K):
+        best = tl.max(order, axis=1)[:, None]
+        first = tl.min(tl.where(order == best, e, BLOCK_E), axis=1)[:, None]
+        order = tl.where(e == first, LEAST, order)
+        ids = tl.where(kk == i, first, ids)
+    is_live = is_row & (kk < K)
+    weights = choice_weights(logits_ptr + t * E, ids, is_live, scaling, E)
+    tl.store(ids_ptr + t * K + kk, ids, is_live)
+    tl.store(weights_ptr + t * K + kk, weights, is_live)
+
+
+def outputs(logits: Tensor, bias: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Allocate ids [T, k] int32 and weights [T, k] FP32. Doubles as the op's fake."""
+    T = logits.shape[0]
+    return logits.new_empty((T, k), dtype=torch.int32), logits.new_empty((T, k))
+
+
+def launch(
+    logits: Tensor, bias: Tensor, k: int, scaling: float, out: tuple[Tensor, Tensor]
+) -> None:
+    """Fill `out`. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
+    ids, weights = out
+    check_int("k", k)
+    sizes = check_tensors(
+        logits=(logits, "T E", torch.float32),
+        bias=(bias, "E", torch.float32),
+        ids=(ids, f"T {k}", torch.int32),
+        weights=(weights, f"T {k}", torch.float32),
+    )
+    T, E = sizes["T"], sizes["E"]
+    if k > E:
+        raise ValueError(f"k: expected at most {E} experts, got {k}")
+    if T == 0:
+        return
+    router_topk_kernel[(triton.cdiv(T, CONFIG["BLOCK_T"]),)](
+        logits, bias, ids, weights, T, scaling, E=E, K=k, BLOCK_E=triton.next_power_of_2(E),
+        BLOCK_K=triton.next_power_of_2(k), **CONFIG,
+    )  # fmt: skip
+
+
+SPEC = KernelSpec("router_topk/triton", launch, runs_on_cpu=INTERPRETED)

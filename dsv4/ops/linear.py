@@ -1,0 +1,41 @@
+"""Linear ops, registered as torch.ops.dsv4.*; what each does is said by its oracle.
+
+A row of a result depends on its own input alone, bit for bit: not on how many rows there are.
+"""
+
+from torch import Tensor
+
+from dsv4.core.dispatch import select
+from dsv4.core.op import dsv4_op
+from dsv4.kernels import linear as kernels
+
+# Best first.
+LINEAR_FP8 = (kernels.linear_fp8_sm90.SPEC, kernels.linear_fp8.SPEC)
+LINEAR_FP8_ANY = (kernels.linear_fp8.SPEC,)
+WIDE_LINEAR = (kernels.wide_linear.SPEC,)
+
+
+def _fake_linear_fp8(
+    x: Tensor, weight: Tensor, scale: Tensor, groups: int = 1, quantize_input: bool = False
+) -> Tensor:
+    return kernels.linear_fp8.result(x, weight, scale, groups, quantize_input)
+
+
+@dsv4_op(fake=_fake_linear_fp8)
+def linear_fp8(
+    x: Tensor, weight: Tensor, scale: Tensor, groups: int = 1, quantize_input: bool = False
+) -> Tensor:
+    """See dsv4.reference.linear.linear_fp8."""
+    few = kernels.linear_fp8_sm90.takes(x, weight, groups)
+    out = kernels.linear_fp8.outputs(x, weight, scale, groups, quantize_input)
+    kernel = select(LINEAR_FP8 if few else LINEAR_FP8_ANY, x.device)
+    kernel.launch(x, weight, scale, groups, quantize_input, out)
+    return out[0]
+
+
+@dsv4_op(fake=lambda x, weight: kernels.wide_linear.result(x, weight))
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See dsv4.reference.linear.wide_linear."""
+    out = kernels.wide_linear.outputs(x, weight)
+    select(WIDE_LINEAR, x.device).launch(x, weight, out)
+    return out[0]

@@ -1,0 +1,59 @@
+"""Ops of the routed experts, registered as torch.ops.dsv4.*; their oracles say what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsv4.core.dispatch import select
+from dsv4.core.formats import BlockScaledTensor
+from dsv4.core.op import dsv4_op
+from dsv4.kernels.moe import moe_routed as portable
+from dsv4.kernels.moe import moe_routed_sm90
+
+# Best first. Up to 64 tokens an expert's weights decide, beyond them the matrix units.
+MOE_ROUTED_DECODE = (moe_routed_sm90.SPEC, portable.SPEC)
+MOE_ROUTED = (portable.SPEC,)
+
+
+def _result(*args: object, **kwargs: object) -> Tensor:
+    return portable.outputs(*args, **kwargs)[0]  # type: ignore[arg-type]
+
+
+@dsv4_op(fake=_result)
+def moe_routed(
+    x: Tensor, ids: Tensor, routing: Tensor, w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor,
+    w2: Tensor, s2: Tensor, global_scale: Tensor | None, shared: Tensor | None, limit: float,
+    first_expert: int, format: str,
+) -> Tensor:  # fmt: skip
+    """See dsv4.reference.experts.moe_routed."""
+    args = (
+        x, ids, routing, w1, s1, w3, s3, w2, s2, global_scale, shared, limit, first_expert, format,
+    )  # fmt: skip
+    out = portable.outputs(*args)
+    is_decode = len(x) <= moe_routed_sm90.MAX_TOKENS
+    select(MOE_ROUTED_DECODE if is_decode else MOE_ROUTED, x.device).launch(*args, out)
+    return out[0]
+
+
+def stack_experts(weights: Sequence[BlockScaledTensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One matrix of every expert as the ops take it: nothing is repacked, only stacked.
+
+    -> codes [E, N, K / 2] uint8, scales [E, N, K / group] uint8, global scales [E] FP32 or None.
+    Expert e is codes[e], scales[e] again. Raises ValueError for MXFP4 scales that the kernels do
+    not decode exactly, outside 2^-64 .. 2^65; no trained weight comes near them.
+    """
+    first = weights[0]
+    if first.format.name not in portable.GROUPS:
+        raise ValueError(f"weights: expected mxfp4 or nvfp4, got {first.format.name}")
+    codes = torch.stack([w.data.view(torch.uint8) for w in weights])
+    scales = torch.stack([w.scale.view(torch.uint8) for w in weights])
+    if first.format.has_global:
+        parts = [w.global_scale for w in weights if w.global_scale is not None]
+        return codes, scales, torch.stack([p.reshape(()) for p in parts])
+    low, high = int(scales.min()), int(scales.max())
+    if low < 63 or high > 192:
+        raise ValueError(f"weights: expected scale bytes from 63 to 192, got {low} to {high}")
+    return codes, scales, None

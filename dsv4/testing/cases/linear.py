@@ -1,0 +1,80 @@
+"""Inputs of the linear kernels: weights as the checkpoints store them, tokens of many sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from dsv4.core.formats import FP8_BLOCK128
+from dsv4.testing.tiny import random_block_scaled
+
+# name -> rows, columns of a group, groups. Where several parameters share an input, their rows
+# follow each other: the shared expert's gate and up, the two projections of the hidden state.
+FLASH = {
+    "wq_a": (1024, 4096, 1), "wkv": (512, 4096, 1), "wq_a_wkv": (1536, 4096, 1),
+    "wq_b": (32768, 1024, 1), "indexer_wq_b": (8192, 1024, 1), "wo_a": (8192, 4096, 8),
+    "wo_b": (4096, 8192, 1), "shared_w13": (4096, 4096, 1), "shared_w2": (4096, 2048, 1),
+    "e_proj": (4096, 4096, 1),
+}  # fmt: skip
+PRO = {
+    "wq_a": (1536, 7168, 1), "wkv": (512, 7168, 1), "wq_a_wkv": (2048, 7168, 1),
+    "wq_b": (65536, 1536, 1), "indexer_wq_b": (8192, 1536, 1), "wo_a": (16384, 4096, 16),
+    "wo_b": (7168, 16384, 1), "shared_w13": (6144, 7168, 1), "shared_w2": (7168, 3072, 1),
+    "e_proj": (7168, 7168, 1),
+}  # fmt: skip
+
+# Rows and columns of BF16 weights with FP32 results; value and gate rows of a compressor joined.
+WIDE_FLASH = {
+    "gate": (256, 4096), "compressor_csa": (2048, 4096), "compressor_hca": (1024, 4096),
+    "compressor_indexer": (512, 4096), "weights_proj": (64, 4096),
+}  # fmt: skip
+HEAD_FLASH = (129280, 4096)
+
+
+def fp8_weight(
+    N: int, K: int, scale_dtype: str = "F8_E8M0", seed: int = 0, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] of standard deviation 1 / sqrt(K), every code of E4M3 in it, and scales."""
+    made = random_block_scaled(FP8_BLOCK128, (N, K), Generator().manual_seed(seed), scale_dtype)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]  # without the NaNs
+    flat = made.data.view(torch.uint8).flatten()
+    count = min(len(codes), flat.numel())
+    flat[:count] = codes[:count]
+    return made.data.to(device), made.scale.to(device)
+
+
+def tokens(T: int, width: int, seed: int = 0, device: str = "cpu") -> Tensor:
+    """BF16 [T, width]: normal numbers, every row of another magnitude."""
+    g = Generator().manual_seed(seed)
+    x = torch.randn(T, width, generator=g) * torch.exp2(torch.arange(T) % 7 - 3.0)[:, None]
+    return x.to(torch.bfloat16).to(device)
+
+
+def aot_calls() -> dict[str, dict[str, Any]]:
+    """A call of every linear kernel in each of its forms; ahead of time only shapes matter."""
+    calls = {f"linear_fp8/{T}": _empty_fp8(T, FLASH["wo_a"]) for T in (1, 24, 64, 8192)}
+    calls |= {
+        f"linear_fp8/{T}_w8a8": _empty_fp8(T, FLASH["wo_b"], quantize_input=True)
+        for T in (1, 64, 8192)
+    }
+    calls["linear_fp8/wq_b"] = _empty_fp8(1, FLASH["wq_b"])
+    calls["linear_fp8/pro"] = _empty_fp8(1, PRO["wo_b"])
+    for T in (1, 24, 64, 8192):
+        x, weight = (torch.empty(n, 4096, dtype=torch.bfloat16) for n in (T, 256))
+        calls[f"wide_linear/{T}"] = {"x": x, "weight": weight}
+    return calls
+
+
+def _empty_fp8(T: int, shape: tuple[int, int, int], quantize_input: bool = False) -> dict[str, Any]:
+    N, K, groups = shape
+    scale = torch.empty(-(-N // 128), -(-K // 128), dtype=torch.uint8)
+    return {
+        "x": torch.empty(T, groups * K, dtype=torch.bfloat16),
+        "weight": torch.empty(N, K, dtype=torch.float8_e4m3fn),
+        "scale": scale.view(torch.float8_e8m0fnu),
+        "groups": groups,
+        "quantize_input": quantize_input,
+    }

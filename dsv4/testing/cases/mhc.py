@@ -1,0 +1,78 @@
+"""Inputs of the mHC kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+N, NORM_EPS, EPS, ITERS = 4, 1e-6, 1e-6, 20
+OPS = ("mhc_post_pre", "mhc_pre_norm", "mhc_post", "hc_head_norm")
+
+
+def mhc_case(
+    op: str, T: int, D: int, *, dtype: torch.dtype = torch.bfloat16, quantise: bool = False,
+    iters: int = ITERS, device: str = "cpu", seed: int = 0, weight_seed: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of an mHC op: streams of spread sizes, mixes of order one, doubly stochastic comb.
+
+    The first tokens of a longer case of the same seed are those of a shorter one.
+    """
+    g, w = Generator().manual_seed(seed), Generator().manual_seed(weight_seed)
+    tokens = [_token(D, g) for _ in range(T)]
+
+    def part(i: int, *shape: int) -> Tensor:
+        return torch.stack([t[i] for t in tokens]) if T else torch.empty(0, *shape)
+
+    x, o = part(0, N, D).to(dtype), part(1, D).to(dtype)
+    post, comb = part(2, N), part(3, N, N)
+    weights = _weights(op, D, w)
+    args: dict[str, Any] = {"x": x}
+    if op in ("mhc_post", "mhc_post_pre"):
+        args = {"o": o, "x": x, "post": post, "comb": comb}
+    if op != "mhc_post":
+        args |= weights
+    if op in ("mhc_post_pre", "mhc_pre_norm"):
+        args["iters"] = iters
+    if op != "mhc_post":
+        args |= {"norm_eps": NORM_EPS, "eps": EPS}
+    if op in ("mhc_post_pre", "mhc_pre_norm"):
+        args["quantise"] = quantise
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+def wide_case(args: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in FP64."""
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+def aot_calls() -> dict[str, dict[str, Any]]:
+    """Calls at the width of V4-Flash, and of the fused op in its other forms and at V4-Pro's."""
+    calls = {f"{op}/flash": mhc_case(op, 8, 4096) for op in OPS}
+    calls["mhc_post_pre/flash-fp8"] = mhc_case("mhc_post_pre", 8, 4096, quantise=True)
+    calls["mhc_post_pre/flash-fp32"] = mhc_case("mhc_post_pre", 8, 4096, dtype=torch.float32)
+    calls["mhc_post_pre/pro"] = mhc_case("mhc_post_pre", 8, 7168)
+    return calls
+
+
+def _token(D: int, g: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size = torch.exp2(torch.randint(-3, 4, (N, 1), generator=g).float())
+    x = torch.randn(N, D, generator=g) * size
+    o = torch.randn(D, generator=g)
+    post = 2 * torch.rand(N, generator=g)
+    comb = torch.rand(N, N, generator=g) + 0.01
+    for _ in range(20):
+        comb = comb / comb.sum(dim=1, keepdim=True)
+        comb = comb / comb.sum(dim=0, keepdim=True)
+    return x, o, post, comb
+
+
+def _weights(op: str, D: int, g: Generator) -> dict[str, Tensor]:
+    rows, gains = (N, 1) if op == "hc_head_norm" else (N * (N + 2), 3)
+    return {
+        "fn": torch.randn(rows, N * D, generator=g) / (N * D) ** 0.5,
+        "scale": 0.5 + torch.rand(gains, generator=g),
+        "base": torch.randn(rows, generator=g),
+        "norm": (1 + 0.1 * torch.randn(D, generator=g)).to(torch.bfloat16),
+    }

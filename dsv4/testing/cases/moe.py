@@ -1,0 +1,95 @@
+"""Inputs of the routed experts: random stored weights, tokens and routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+GROUPS = {"mxfp4": 32, "nvfp4": 16}
+LIMIT = 10.0
+
+
+@dataclass(frozen=True)
+class MoeCase:
+    """Arguments of moe_routed; weights are random bytes of a trained model's magnitude."""
+
+    x: Tensor
+    ids: Tensor
+    routing: Tensor
+    weights: tuple[Tensor, ...]  # w1, s1, w3, s3, w2, s2
+    global_scale: Tensor | None
+    shared: Tensor | None
+    format: str
+    first_expert: int = 0
+    limit: float = LIMIT
+
+    @classmethod
+    def random(
+        cls, T: int, D: int, F: int, E: int, K: int = 6, format: str = "mxfp4",
+        has_shared: bool = True, device: str = "cpu", seed: int = 0,
+    ) -> MoeCase:  # fmt: skip
+        """Distinct experts for every token, uniform."""
+        g = Generator(device).manual_seed(seed)
+        group, is_nvfp4 = GROUPS[format], format == "nvfp4"
+        # Weights of about 1 / sqrt(inputs): E2M1 codes have a root mean square of 2.9.
+        low, high = (0x14, 0x2C) if is_nvfp4 else (117, 121)
+
+        def stored(rows: int, cols: int) -> tuple[Tensor, Tensor]:
+            shape = E, rows, cols // 2
+            codes = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8, device=device)
+            shape = E, rows, cols // group
+            scales = torch.randint(low, high, shape, generator=g, dtype=torch.uint8, device=device)
+            return codes, scales
+
+        weights = *stored(F, D), *stored(F, D), *stored(D, F)
+        ids = torch.rand(T, E, generator=g, device=device).topk(K, dim=1).indices.to(torch.int32)
+        routing = torch.rand(T, K, generator=g, device=device) + 0.1
+        scale = 0.25 * (1 + torch.rand(3, E, generator=g, device=device)) if is_nvfp4 else None
+
+        def tokens() -> Tensor:
+            return torch.randn(T, D, generator=g, device=device).to(torch.bfloat16)
+
+        shared = tokens() if has_shared else None
+        return cls(tokens(), ids, 1.5 * routing / routing.sum(1, True), weights, scale, shared,
+                   format)  # fmt: skip
+
+    def args(self) -> dict[str, Any]:
+        """Keyword arguments of the op."""
+        names = ("w1", "s1", "w3", "s3", "w2", "s2")
+        return {
+            "x": self.x, "ids": self.ids, "routing": self.routing,
+            **dict(zip(names, self.weights, strict=True)), "global_scale": self.global_scale,
+            "shared": self.shared, "limit": self.limit, "first_expert": self.first_expert,
+            "format": self.format,
+        }  # fmt: skip
+
+    def wide(self) -> MoeCase:
+        """The same in FP64, for the oracle."""
+        shared = None if self.shared is None else self.shared.double()
+        return replace(self, x=self.x.double(), shared=shared)
+
+    def rows(self, keep: slice) -> MoeCase:
+        """Some of the tokens."""
+        return replace(
+            self, x=self.x[keep].contiguous(), ids=self.ids[keep].contiguous(),
+            routing=self.routing[keep].contiguous(),
+            shared=None if self.shared is None else self.shared[keep].contiguous(),
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the experts hit, each read once, and of the tokens in and out."""
+        hit = len(self.ids.unique())
+        per_expert = sum(w[0].numel() for w in self.weights)
+        return hit * per_expert + 3 * 2 * self.x.numel()
+
+
+def aot_calls() -> dict[str, dict[str, Any]]:
+    """Few experts: their number is no constant of the portable kernel."""
+    return {
+        f"moe_routed/{name}": MoeCase.random(2, 4096, 2048, 8, format=name).args()
+        for name in GROUPS
+    }

@@ -1,0 +1,126 @@
+"""The attention kernels at real sizes: heads of Flash and Pro, graphs, addresses beyond 2^31."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4.core.kv_layout import KvRecord
+from dsv4.kernels.attention import sparse_attn_decode as decode_kernel
+from dsv4.ops import attention as ops
+from dsv4.reference import paged_attention as oracle
+from dsv4.testing.cases.attention import AttentionCase, random_pages
+from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
+
+pytestmark = pytest.mark.gpu
+
+TILE = 64
+KINDS: dict[str, dict[str, Any]] = {
+    "csa": {"topk": 512, "ratio": 4, "per_page": 64},
+    "hca": {"ratio": 128, "per_page": 2},
+    "swa": {"ratio": 1 << 20, "per_page": 1},
+}
+OPS = ("sparse_attn_decode", "sparse_attn_prefill")
+VARIANTS = ("first", "portable")
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels that the device takes first, and those for any device."""
+    if request.param == "portable":
+        for name in ("SPARSE_ATTN_DECODE", "SPARSE_ATTN_PREFILL"):
+            monkeypatch.setattr(ops, name, getattr(ops, name)[-1:])
+    return request.param
+
+
+def assert_right(name: str, args: dict[str, Any]) -> Tensor:
+    got = getattr(ops, name)(**args)
+    same = getattr(oracle, name)(**args)
+    exact = getattr(oracle, name)(**args | {"q": args["q"].double()})
+    assert_as_exact_as(name, got, same, exact)
+    live = args["slot"] >= 0
+    a, b = got[live].double().flatten(1), exact[live].flatten(1)
+    assert (torch.cosine_similarity(a, b, dim=1) >= 0.99999).all()
+    assert (got[~live] == 0).all()
+    return got
+
+
+@pytest.mark.parametrize("H", [8, 16, 32, 64, 96, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_real_sizes(H: int, kind: str, variant: str) -> None:
+    requests = ((3000, 3), (0, 2), (127, 1), (700, 1))
+    args = AttentionCase(requests, H, 512, 128, padding=1, **KINDS[kind]).args("cuda")
+    got = [assert_right(name, args) for name in OPS]
+    assert_bits_equal("prefill and decode", *got)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 17, 34])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_tile_boundaries(tiles: int, extra: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = tiles * TILE + extra
+    args = AttentionCase(((count - 1, 1),), 64, 512, 128, 1, 64).args("cuda")
+    got = assert_right("sparse_attn_decode", args)
+    monkeypatch.setattr(decode_kernel, "FEW_PROGRAMS", 0)
+    assert_bits_equal("groups", ops.sparse_attn_decode(**args), got)
+    if tiles < decode_kernel.GROUP:
+        assert_bits_equal("prefill", ops.sparse_attn_prefill(**args), got)
+
+
+@pytest.mark.parametrize("B", [1, 40])
+@pytest.mark.parametrize("name", OPS)
+def test_a_graph_replays_the_bits_of_eager_calls(name: str, B: int, variant: str) -> None:
+    first, second = (
+        AttentionCase([(2000 + i, 1)] * B, 64, 512, 128, topk=512, per_page=64, seed=i).args("cuda")
+        for i in range(2)
+    )
+    want = [getattr(ops, name)(**args) for args in (first, second)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = getattr(ops, name)(**first)
+    for args, expected in ((first, want[0]), (second, want[1]), (second, want[1])):
+        for k, x in args.items():
+            if isinstance(x, Tensor):
+                first[k].copy_(x)
+        graph.replay()
+        if args is second:
+            assert_bits_equal("replay", out, expected)
+
+
+@pytest.mark.parametrize("H", [16, 64, 128])
+def test_a_token_does_not_see_its_neighbours(H: int, variant: str) -> None:
+    """Alone in a step, as one of 3, as one of 80: the programs take tiles or groups."""
+    case = AttentionCase([(900 + 7 * i, 1) for i in range(80)], H, 512, 128, topk=512, per_page=64)
+    args = case.args("cuda")
+    many = ops.sparse_attn_decode(**args)
+    size = KvRecord().data_bytes
+    data, scales = args["step"].split((80 * size, len(args["step"]) - 80 * size))
+    for rows in (slice(7, 8), slice(40, 43)):
+        n = rows.stop - rows.start
+        page = torch.cat(
+            (data.view(80, -1)[rows].flatten(), scales[: 80 * 8].view(80, 8)[rows].flatten())
+        )
+        own = {k: args[k][rows] for k in ("q", "entries", "slot", "position", "cos", "sin")}
+        own |= {"first_position": args["first_position"][rows]}
+        own |= {"first_row": torch.arange(n, device="cuda")}
+        own |= {"step": torch.nn.functional.pad(page, (0, -len(page) % size))}
+        assert_bits_equal("rows", ops.sparse_attn_decode(**args | own), many[rows])
+
+
+def test_runs_repeat_bit_for_bit(variant: str) -> None:
+    args = AttentionCase([(3000, 200)], 64, 512, 128, topk=512, per_page=64).args("cuda")
+    first = ops.sparse_attn_prefill(**args)
+    for _ in range(5):
+        assert_bits_equal("again", ops.sparse_attn_prefill(**args), first)
+
+
+@pytest.mark.parametrize("H", [16, 64])
+def test_addresses_beyond_two_gigabytes(H: int) -> None:
+    args = AttentionCase(((255, 1),), H, 512, 128, per_page=64).args("cuda")
+    record, count = KvRecord(), 2**31 // KvRecord().page_bytes(64) + 3
+    pages = torch.full((count, record.page_bytes(64)), 0xFF, dtype=torch.uint8, device="cuda")
+    g = torch.Generator("cuda").manual_seed(0)
+    pages[-1:] = random_pages(record, 1, 64, g, "cuda")
+    args["pages"], args["page_table"] = pages, torch.full((2, 1), count - 1, device="cuda").int()
+    for name in OPS:
+        assert_right(name, args)

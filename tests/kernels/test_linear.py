@@ -1,0 +1,264 @@
+"""dsv4.kernels.linear against dsv4.reference.linear: error against FP64, edges, arguments."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4.core.formats import FP8_BLOCK128, BlockScaledTensor
+from dsv4.kernels.common import linear_plan
+from dsv4.kernels.common.linear_plan import cut
+from dsv4.kernels.common.linear_weights import join_rows, split_rows
+from dsv4.kernels.linear import linear_fp8
+from dsv4.ops import linear as ops
+from dsv4.reference import linear as oracle
+from dsv4.reference.quant import dequantize, fp8_act_dequantize, fp8_act_quantize
+from dsv4.testing.cases import DEVICE
+from dsv4.testing.cases.linear import FLASH, PRO, fp8_weight, tokens
+from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+F32_SCALE = {"scale_dtype": "F32"}
+# Rows, columns, groups: tiles with an end, columns that are no multiple of 128, 64 or 16; of nano.
+SHAPES = [(256, 512, 1), (200, 300, 1), (256, 256, 2), (96, 128, 3), (320, 1536, 1), (128, 100, 1)]
+
+
+def relative_l2(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("kwargs", [{}, F32_SCALE], ids=["e8m0", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 17])
+def test_linear_fp8_matches_oracle(
+    num_tokens: int, shape: tuple[int, int, int], kwargs: dict
+) -> None:
+    N, K, groups = shape
+    weight, scale = fp8_weight(N, K, device=DEVICE, **kwargs)
+    x = tokens(num_tokens, groups * K, device=DEVICE)
+    got = ops.linear_fp8(x, weight, scale, groups)
+    exact = oracle.linear_fp8(x.double(), weight, scale, groups)
+    assert_as_exact_as("y", got, oracle.linear_fp8(x, weight, scale, groups), exact)
+    assert relative_l2(got, exact) <= 3e-3
+
+
+@pytest.mark.parametrize("shape", [(256, 512, 1), (256, 256, 2), (192, 128, 1)], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 17])
+def test_quantised_input_matches_oracle(num_tokens: int, shape: tuple[int, int, int]) -> None:
+    N, K, groups = shape
+    weight, scale = fp8_weight(N, K, device=DEVICE)
+    x = tokens(num_tokens, groups * K, device=DEVICE)
+    got = ops.linear_fp8(x, weight, scale, groups, True)
+    exact = oracle.linear_fp8(x.double(), weight, scale, groups, True)
+    assert_as_exact_as("y", got, oracle.linear_fp8(x, weight, scale, groups, True), exact)
+    assert relative_l2(got, exact) <= 3e-3
+    unquantised = oracle.linear_fp8(x.double(), weight, scale, groups)
+    assert 0.01 < relative_l2(got, unquantised) < 0.05  # 3 mantissa bits
+
+
+def test_the_oracle_is_the_dequantised_product() -> None:
+    weight, scale = fp8_weight(96, 256)
+    x = tokens(5, 512)
+    w = dequantize(BlockScaledTensor(FP8_BLOCK128, weight, scale), torch.float64)
+    for quantize in (False, True):
+        used = fp8_act_dequantize(*fp8_act_quantize(x)) if quantize else x
+        halves = used.double().split(256, dim=1)
+        want = torch.cat([h @ p.T for h, p in zip(halves, w.split(48), strict=True)], dim=1)
+        got = oracle.linear_fp8(x.double(), weight, scale, 2, quantize)
+        assert_bits_equal("y", got, want)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("exponent", [-40, 40])
+def test_extreme_scales_stay_exact(exponent: int, quantize: bool) -> None:
+    """One nonzero column: the result is a product, rounded once."""
+    weight, scale = fp8_weight(256, 256, device=DEVICE)
+    scale = torch.full_like(scale.view(torch.uint8), 127 + exponent).view(scale.dtype)
+    x = torch.zeros(3, 256, dtype=torch.bfloat16, device=DEVICE)
+    x[:, 37] = torch.tensor([1.0, -1e4, 2.0**-20], device=DEVICE)
+    got = ops.linear_fp8(x, weight, scale, 1, quantize)
+    want = oracle.linear_fp8(x.double(), weight, scale, 1, quantize).to(torch.bfloat16)
+    assert bool((got == want).all())
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_large_and_non_finite_tokens(quantize: bool) -> None:
+    weight, scale = fp8_weight(256, 512, device=DEVICE)
+    x = tokens(5, 512, device=DEVICE)
+    want = ops.linear_fp8(x, weight, scale, 1, quantize)
+    x[1] *= 1e4 / x[1].abs().max()
+    x[3, 7] = float("nan")
+    got = ops.linear_fp8(x, weight, scale, 1, quantize)
+    assert bool(got[1].isfinite().all())
+    assert bool(got[3].isnan().all())  # and no other token
+    exact = oracle.linear_fp8(x[1:2].double(), weight, scale, 1, quantize)
+    assert relative_l2(got[1:2], exact) <= 3e-3
+    others = [0, 2, 4]
+    assert_bits_equal("others", got[others], want[others])
+
+
+def test_sums_of_integers_are_exact_however_they_are_cut() -> None:
+    weight = torch.randint(-8, 9, (256, 1536), generator=torch.Generator().manual_seed(0))
+    weight = weight.to(torch.float8_e4m3fn).to(DEVICE)
+    scale = torch.full((2, 12), 127, dtype=torch.uint8, device=DEVICE)
+    scale = scale.view(torch.float8_e8m0fnu)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randint(-4, 5, (70, 1536), generator=g).to(torch.bfloat16).to(DEVICE)
+    want = (x.double() @ weight.double().T).to(torch.bfloat16)
+    for T in (1, 16, 33, 70):
+        assert_bits_equal(f"{T} tokens", ops.linear_fp8(x[:T], weight, scale), want[:T])
+
+
+@pytest.mark.parametrize("min_programs", [1, 1 << 30], ids=["whole", "split"])
+def test_chunks_add_up_in_one_program_and_in_many(
+    min_programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_plan, "MIN_PROGRAMS", min_programs)
+    assert cut(128, 1536).num_chunks > 1
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randint(-8, 9, (128, 1536), generator=g).to(torch.bfloat16).to(DEVICE)
+    x = torch.randint(-4, 5, (3, 1536), generator=g).to(torch.bfloat16).to(DEVICE)
+    scale = torch.ones(1, 12, device=DEVICE)
+    want = x.float() @ weight.float().T
+    assert_bits_equal("wide", ops.wide_linear(x, weight), want)
+    kernel, fp8 = linear_fp8, weight.to(torch.float8_e4m3fn)
+    out = kernel.outputs(x, fp8, scale, 1, False)
+    kernel.launch(x, fp8, scale, 1, False, out)
+    assert_bits_equal("fp8", out[0], want.to(torch.bfloat16))
+
+
+def test_a_program_writes_rows_of_its_own_group_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 32 rows are smaller than a tile. Only the first program runs."""
+
+    def first(*args: Any) -> linear_plan.TilePlan:
+        return replace(linear_plan.tile_plan(*args), grid=(1, 1, 1))
+
+    monkeypatch.setattr(linear_fp8, "tile_plan", first)
+    weight, scale = fp8_weight(96, 128, device=DEVICE)
+    x = tokens(2, 3 * 128, device=DEVICE)
+    out = linear_fp8.outputs(x, weight, scale, 3, False)
+    out[0].fill_(float("nan"))
+    linear_fp8.launch(x, weight, scale, 3, False, out)
+    assert bool(out[0][:, :32].isfinite().all())
+    assert bool(out[0][:, 32:].isnan().all())
+
+
+def test_the_cut_covers_every_column_once() -> None:
+    for N, K, groups in [*FLASH.values(), *PRO.values(), *SHAPES]:
+        c = cut(N, K, groups)
+        blocks = -(-K // 128)
+        assert (c.num_chunks - 1) * c.chunk < blocks <= c.num_chunks * c.chunk
+        if c.tiles:
+            assert N // groups % (64 * c.tiles) == 0
+            assert (c.cluster - 1) * c.chunks * c.chunk < blocks
+            assert c.num_chunks <= c.cluster * c.chunks
+    assert all(cut(*shape).tiles for shape in [*FLASH.values(), *PRO.values()])
+
+
+def test_no_tokens() -> None:
+    weight, scale = fp8_weight(256, 512, device=DEVICE)
+    y = ops.linear_fp8(tokens(0, 512, device=DEVICE), weight, scale)
+    assert y.shape == (0, 256)
+    assert y.dtype == torch.bfloat16
+
+
+def test_op_contract() -> None:
+    weight, scale = fp8_weight(128, 256, device=DEVICE)
+    args = tokens(3, 256, device=DEVICE), weight, scale
+    # Without "test_schema", which compares the inputs by arithmetic that FP8 does not have.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.linear_fp8.op, args, test_utils=checks)
+    before = [t.clone() for t in args]
+    ops.linear_fp8(*args)
+    for name, t, was in zip(("x", "weight", "scale"), args, before, strict=True):
+        assert_bits_equal(name, t, was)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 256)}, r"x: expected torch.bfloat16"),
+        ({"x": torch.zeros(3, 128, dtype=torch.bfloat16)}, r"x: expected shape \[T, 256\]"),
+        ({"weight": torch.zeros(128, 256)}, r"weight: expected torch.float8_e4m3fn"),
+        ({"scale": torch.zeros(1, 2, dtype=torch.uint8)}, r"scale: expected torch.float8_e8m0fnu"),
+        ({"scale": torch.zeros(1, 3)}, r"scale: expected shape \[1, 2\]"),
+        ({"groups": 3}, r"groups: expected a divisor of the 128 rows"),
+        ({"groups": 0}, r"groups: expected an integer >= 1"),
+    ],
+    ids=lambda p: next(iter(p)) if isinstance(p, dict) else "",
+)
+def test_a_bad_argument_is_named(change: dict, message: str) -> None:
+    weight, scale = fp8_weight(128, 256)
+    args = {"x": tokens(3, 256), "weight": weight, "scale": scale, "groups": 1} | change
+    args = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in args.items()}
+    with pytest.raises(ValueError, match=message):
+        ops.linear_fp8(**args)
+
+
+def test_groups_of_the_input_need_whole_blocks_to_be_quantised() -> None:
+    weight, scale = fp8_weight(128, 192, device=DEVICE)
+    with pytest.raises(ValueError, match="weight: expected columns in whole groups of 128"):
+        ops.linear_fp8(tokens(3, 192, device=DEVICE), weight, scale, 1, True)
+
+
+# Joined weights
+
+
+@pytest.mark.parametrize("kwargs", [{}, F32_SCALE], ids=["e8m0", "fp32"])
+def test_joined_weights_come_apart_and_multiply_alike(kwargs: dict) -> None:
+    rows = [256, 128, 100]
+    made = [fp8_weight(n, 256, seed=i, device=DEVICE, **kwargs) for i, n in enumerate(rows)]
+    parts = [BlockScaledTensor(FP8_BLOCK128, *w) for w in made]
+    joined = join_rows(parts)
+    for got, want in zip(split_rows(joined, rows), parts, strict=True):
+        assert_bits_equal("data", got.data, want.data)
+        assert_bits_equal("scale", got.scale, want.scale)
+    x = tokens(3, 256, device=DEVICE)
+    got = ops.linear_fp8(x, joined.data, joined.scale).double()
+    want = torch.cat([oracle.linear_fp8(x.double(), *w) for w in made], dim=1)
+    assert relative_l2(got, want) <= 3e-3
+
+
+def test_what_cannot_be_joined() -> None:
+    whole, ragged, narrow = (
+        BlockScaledTensor(FP8_BLOCK128, *fp8_weight(*s))
+        for s in ((128, 256), (100, 256), (128, 128))
+    )
+    with pytest.raises(ValueError, match=r"parts\[0\]: expected a multiple of 128 rows, got 100"):
+        join_rows([ragged, whole])
+    with pytest.raises(ValueError, match=r"parts\[1\]: expected the columns"):
+        join_rows([whole, narrow])
+    with pytest.raises(ValueError, match="rows: expected a sum of 128"):
+        split_rows(whole, [100, 100])
+
+
+# BF16 weights, FP32 results
+
+
+def bf16_weight(N: int, K: int) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    return (torch.randn(N, K, generator=g) * K**-0.5).to(torch.bfloat16).to(DEVICE)
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (256, 384), (100, 200), (16, 1536)], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 17, 70])
+def test_wide_linear_matches_oracle(num_tokens: int, shape: tuple[int, int]) -> None:
+    weight, x = bf16_weight(*shape), tokens(num_tokens, shape[1], device=DEVICE)
+    got = ops.wide_linear(x, weight)
+    assert got.dtype == torch.float32
+    exact = oracle.wide_linear(x.double(), weight.double())
+    limit = 1e-6 * exact.norm() + (oracle.wide_linear(x, weight).double() - exact).norm() * 2
+    assert (got.double() - exact).norm() <= limit
+
+
+def test_wide_linear_of_nothing_and_its_contract() -> None:
+    weight, x = bf16_weight(64, 256), tokens(3, 256, device=DEVICE)
+    assert ops.wide_linear(x[:0], weight).shape == (0, 64)
+    torch.library.opcheck(ops.wide_linear.op, (x, weight))
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        ops.wide_linear(x, weight[:, :128].contiguous())
+    with pytest.raises(ValueError, match="x: expected torch.bfloat16"):
+        ops.wide_linear(x.float(), weight)

@@ -1,0 +1,210 @@
+"""mHC kernels against dsv4.reference.mhc in FP64, and against themselves token by token."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4.kernels import mhc as kernels
+from dsv4.ops import mhc as ops
+from dsv4.reference import mhc as oracle
+from dsv4.reference.quant import fp8_act_quantize
+from dsv4.testing.cases import DEVICE
+from dsv4.testing.cases.mhc import OPS, mhc_case, wide_case
+from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+BF16, FP32 = torch.bfloat16, torch.float32
+WITH_MAPS = ("mhc_post_pre", "mhc_pre_norm")
+NAMES = {
+    "mhc_post_pre": ("streams", "y", "post", "comb", "value", "scale"),
+    "mhc_pre_norm": ("y", "post", "comb", "value", "scale"),
+    "mhc_post": ("streams",),
+    "hc_head_norm": ("y",),
+}
+# Whole and partial blocks of tokens and of columns; 128 and 256 are the tiny and the nano width.
+# Some tokens each, so that the oracle's own error is that of many numbers.
+SHAPES = [(24, 256), (17, 128), (19, 200)]
+if DEVICE == "cuda":  # Flash, Pro, and what the wider kernels do not take
+    SHAPES += [(16, 4096), (100, 4096), (37, 7168), (21, 1024), (33, 4224)]
+
+
+def named(op: str, results: Any) -> dict[str, Tensor]:
+    results = results if isinstance(results, tuple) else (results,)
+    return dict(zip(NAMES[op], results, strict=True))
+
+
+def run(op: str, args: dict[str, Any]) -> dict[str, Tensor]:
+    return named(op, getattr(ops, op)(**args))
+
+
+def on(device: str, args: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+def token(args: dict[str, Any], *rows: int) -> dict[str, Any]:
+    """The arguments of some tokens alone."""
+    per_token = ("o", "x", "post", "comb")
+    return {k: v[list(rows)].contiguous() if k in per_token else v for k, v in args.items()}
+
+
+def assert_as_exact(op: str, got: dict[str, Tensor], args: dict[str, Any]) -> None:
+    """Floats against the oracle in FP64; the FP8 copy against the cast of the y that was given."""
+    if op == "mhc_post_pre":  # what follows is measured on the streams that were written
+        same = {"streams": oracle.mhc_post(**{k: args[k] for k in ("o", "x", "post", "comb")})}
+        wide = wide_case({k: args[k] for k in ("o", "x", "post", "comb")})
+        assert_as_exact_as("streams", got["streams"], same["streams"], oracle.mhc_post(**wide))
+        rest = {k: v for k, v in args.items() if k not in ("o", "post", "comb")}
+        op, args = "mhc_pre_norm", rest | {"x": got["streams"]}
+    same = named(op, getattr(oracle, op)(**args))
+    exact = named(op, getattr(oracle, op)(**wide_case(args)))
+    for name in set(NAMES[op]) - {"value", "scale"}:
+        assert got[name].dtype == same[name].dtype
+        assert_as_exact_as(name, got[name], same[name], exact[name])
+    if "value" in NAMES[op]:
+        value, scale = fp8_act_quantize(got["y"]) if args["quantise"] else (same["value"],) * 2
+        assert_bits_equal("value", got["value"], value)
+        assert_bits_equal("scale", got["scale"].view(torch.uint8), scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("T", "D"), SHAPES)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("op", OPS)
+def test_as_exact_as_the_oracle(op: str, dtype: torch.dtype, T: int, D: int) -> None:
+    quantise = D % 128 == 0
+    args = mhc_case(op, T, D, dtype=dtype, quantise=quantise, device=DEVICE, seed=T)
+    assert_as_exact(op, run(op, args), args)
+
+
+@pytest.mark.parametrize("iters", [1, 2, 20])
+def test_every_number_of_rounds(iters: int) -> None:
+    args = mhc_case(
+        "mhc_pre_norm", 3, 1024 if DEVICE == "cuda" else 128, iters=iters, device=DEVICE
+    )
+    assert_as_exact("mhc_pre_norm", run("mhc_pre_norm", args), args)
+
+
+def test_maps_of_extreme_mixes() -> None:
+    """Gains that make the softmax one-hot and the sigmoids zero or one."""
+    args = mhc_case("mhc_pre_norm", 6, 1024 if DEVICE == "cuda" else 128, device=DEVICE)
+    args["scale"] = torch.tensor([50.0, 80.0, 60.0], device=DEVICE)
+    got = run("mhc_pre_norm", args)
+    exact = named("mhc_pre_norm", oracle.mhc_pre_norm(**wide_case(args)))
+    same = named("mhc_pre_norm", oracle.mhc_pre_norm(**args))
+    for name in ("post", "comb"):
+        assert_as_exact_as(name, got[name], same[name], exact[name])
+    assert bool((got["comb"].sum(dim=1) - 1).abs().max() < 1e-4)
+
+
+@pytest.mark.parametrize("D", [256, 4096, 7168] if DEVICE == "cuda" else [128])
+@pytest.mark.parametrize("op", OPS)
+def test_a_token_has_the_same_bits_alone_and_among_others(op: str, D: int) -> None:
+    T = 50 if DEVICE == "cuda" else 18  # more than one block of tokens
+    args = mhc_case(op, T, D, quantise=True, device=DEVICE)
+    many = run(op, args)
+    for rows in ([0], [16], [T - 1, 3, 17]):
+        few = run(op, token(args, *rows))
+        for name, x in few.items():
+            assert_bits_equal(name, x.view(torch.uint8), many[name][rows].view(torch.uint8))
+
+
+@pytest.mark.parametrize("D", [200, 4096, 7168] if DEVICE == "cuda" else [200])
+@pytest.mark.parametrize("op", OPS)
+def test_everything_is_written_and_nothing_else_is_read(op: str, D: int) -> None:
+    """Results and working memory start as NaN, and every input lies between NaNs."""
+    args = mhc_case(op, 18, D, quantise=D % 128 == 0, device=DEVICE)
+    clean = run(op, args)
+
+    def between_nans(x: Tensor) -> Tensor:
+        pad = 8192
+        memory = torch.full((x.numel() + 2 * pad,), float("nan"), dtype=x.dtype, device=x.device)
+        memory[pad : pad + x.numel()] = x.flatten()
+        return memory[pad : pad + x.numel()].view(x.shape)
+
+    args = {k: between_nans(v) if isinstance(v, Tensor) else v for k, v in args.items()}
+    for kernel in (k for k in vars(kernels).values() if getattr(k, "REFERENCE", "").endswith(op)):
+        if not takes(kernel, args):
+            continue
+        out = kernel.outputs(**args)
+        for x in out if isinstance(out, tuple) else (out,):
+            x.view(torch.uint8).fill_(0xFF)
+        kernel.launch(**args, out=out)
+        first = out[: len(NAMES[op])] if isinstance(out, tuple) else out
+        for name, x in named(op, first[0] if op == "hc_head_norm" else first).items():
+            want = clean[name]
+            if "triton" in kernel.SPEC.name and DEVICE == "cuda":
+                assert bool(x.float().isfinite().all()), name
+            else:
+                assert_bits_equal(name, x.view(torch.uint8), want.view(torch.uint8))
+
+
+def takes(kernel: Any, args: dict[str, Any]) -> bool:
+    if kernel.SPEC.why_not(args["x"].device):
+        return False
+    return not hasattr(kernel, "why_not") or kernel.why_not(args["x"]) is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_poisoned_token_spoils_itself_alone(op: str) -> None:
+    D = 4096 if DEVICE == "cuda" else 128
+    args = mhc_case(op, 19, D, quantise=True, device=DEVICE)
+    clean = run(op, args)
+    for row, value in ((2, float("nan")), (17, float("inf"))):
+        args["x"] = args["x"].clone()
+        args["x"][row, 1, 5] = value
+    got = run(op, args)
+    others = [t for t in range(19) if t not in (2, 17)]
+    for name, x in got.items():
+        same = clean[name][others].view(torch.uint8)
+        assert_bits_equal(name, x[others].view(torch.uint8), same)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_tokens(op: str) -> None:
+    args = mhc_case(op, 0, 256, quantise=True, device=DEVICE)
+    got, want = run(op, args), named(op, getattr(oracle, op)(**args))
+    for name, x in got.items():
+        assert x.shape == want[name].shape
+        assert x.dtype == want[name].dtype
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_contract(op: str) -> None:
+    args = mhc_case(op, 2, 1024 if DEVICE == "cuda" else 128, quantise=True, device=DEVICE)
+    torch.library.opcheck(getattr(ops, op).op, tuple(args.values()))
+
+
+BAD = [
+    ("mhc_post_pre", "o", lambda o: o[:, :-1], "o: expected shape"),
+    ("mhc_post_pre", "o", lambda o: o.float(), "o: expected torch.bfloat16"),
+    ("mhc_post_pre", "x", lambda x: x.half(), "x: expected torch.float32 or torch.bfloat16"),
+    ("mhc_post_pre", "x", lambda x: x[:, :3], "x: expected shape"),
+    ("mhc_post_pre", "post", lambda p: p.to(BF16), "post: expected torch.float32"),
+    ("mhc_post_pre", "comb", lambda c: c[:1], "comb: expected shape"),
+    ("mhc_post_pre", "fn", lambda f: f[:-1], "fn: expected shape"),
+    ("mhc_post_pre", "scale", lambda s: s[:2], "scale: expected shape"),
+    ("mhc_post_pre", "base", lambda b: b[:-1], "base: expected shape"),
+    ("mhc_post_pre", "norm", lambda n: n[1:], "norm: expected shape"),
+    ("mhc_post_pre", "iters", lambda i: 0, "iters: expected an integer >= 1"),
+    ("mhc_pre_norm", "fn", lambda f: f[:, 1:].contiguous(), "fn: expected shape"),
+    ("mhc_pre_norm", "x", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "contiguous"),
+    ("mhc_post", "comb", lambda c: c.transpose(1, 2), "comb: expected a contiguous tensor"),
+    ("mhc_post", "o", lambda o: o[1:], "o: expected shape"),
+    ("hc_head_norm", "scale", lambda s: s.double(), "scale: expected torch.float32"),
+    ("hc_head_norm", "fn", lambda f: f[:3], "fn: expected shape"),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "spoil", "message"), BAD)
+@pytest.mark.parametrize("D", [128, 4096])
+def test_names_the_bad_argument(op: str, name: str, spoil: Any, message: str, D: int) -> None:
+    args = mhc_case(op, 2, D, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        run(op, args | {name: spoil(args[name])})
+
+
+def test_the_fp8_copy_needs_whole_groups() -> None:
+    with pytest.raises(ValueError, match="x: expected a last dim divisible by 128, got 200"):
+        run("mhc_pre_norm", mhc_case("mhc_pre_norm", 2, 200, quantise=True, device=DEVICE))
