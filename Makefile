@@ -34,8 +34,10 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A million operations of the cache manager, thousands of histories of the paged cache.
+# A million operations of the cache manager, thousands of histories of the paged cache, and new
+# random examples for every property.
 stress: $(VENV)/.ready-dev
+	HYPOTHESIS_PROFILE=explore $(BIN)/pytest -n 2 -m "not gpu" $$(grep -rl --include=*.py hypothesis tests/*/)
 	DSV4_STRESS_OPERATIONS=1000000 $(BIN)/pytest -s tests/cache/test_manager.py
 	DSV4_STRESS_HISTORIES=2000 DSV4_STRESS_KERNEL_HISTORIES=200 \
 	  $(BIN)/pytest -n 2 tests/cache/test_histories.py

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dsv4.core.config import ModelConfig, YarnScaling, legal_range
-from dsv4.core.errors import ConfigError
+from dsv4.core.errors import ConfigError, shown
 from dsv4.core.numbers import is_finite_number, is_integer
 
 MODEL_TYPE = "deepseek_v4"
@@ -125,7 +125,7 @@ def _read_schedule(raw: Mapping[str, Any], is_official: bool) -> dict[str, Any]:
     ours = _read_ratios(raw, L) if is_official else None
     theirs = _read_layer_types(raw, L) if _has(raw, "layer_types") else None
     if ours is not None and theirs is not None and ours != theirs:
-        raise ConfigError("layer_types", f"the schedule of compress_ratios {ours}", theirs)
+        raise ConfigError("layer_types", f"the schedule of compress_ratios {shown(ours)}", theirs)
     rates = raw.get("compress_rates")
     if rates is not None and not isinstance(rates, Mapping):
         raise ConfigError("compress_rates", "an object", rates)
@@ -191,7 +191,7 @@ def _read_rope_dim(raw: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(name, f"a whole part of head_dim {head_dim}", share)
         wanted = dim if wanted is None else wanted
         if wanted != dim:
-            raise ConfigError(name, f"{wanted} of {head_dim} dims, as said elsewhere", share)
+            raise ConfigError(name, f"{shown(wanted)} of {head_dim} dims, as said elsewhere", share)
     return {"qk_rope_head_dim": wanted}
 
 
@@ -209,7 +209,7 @@ def _read_rope(raw: Mapping[str, Any], is_official: bool) -> dict[str, Any]:
     if theirs is None:
         return {"yarn": yarn}
     if theirs["yarn"] != yarn:
-        raise ConfigError("rope_scaling", f"{theirs['yarn']}, as in rope_parameters", scaling)
+        raise ConfigError("rope_scaling", f"{shown(theirs['yarn'])}, as in rope_parameters", scaling)
     return theirs
 
 
@@ -229,7 +229,7 @@ def _read_rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
         if theta is not None:
             out[name] = theta
             if raw.get(name) not in (None, theta):
-                raise ConfigError(name, f"{theta}, as in rope_parameters", raw[name])
+                raise ConfigError(name, f"{shown(theta)}, as in rope_parameters", raw[name])
     field = "rope_parameters.compress"
     kind = _rope_kind(field, compress)
     if kind is None:
@@ -249,7 +249,7 @@ def _rope_kind(field: str, group: Mapping[str, Any]) -> Any:
     """`rope_type`, or `type` as older files spell it; None without either."""
     new, old = group.get("rope_type"), group.get("type")
     if new is not None and old is not None and new != old:
-        raise ConfigError(f"{field}.type", f"{new!r}, as in rope_type", old)
+        raise ConfigError(f"{field}.type", f"{shown(new)}, as in rope_type", old)
     return old if new is None else new
 
 
@@ -296,17 +296,21 @@ def _read_formats(raw: Mapping[str, Any]) -> dict[str, Any]:
     if experts not in ("fp4", "fp8"):
         raise ConfigError("expert_dtype", "'fp4' or 'fp8'", experts)
     if any(x != experts for x in said):
-        raise ConfigError("expert_dtype", f"{said[-1]!r}, as in quantization_config", experts)
+        raise ConfigError("expert_dtype", f"{shown(said[-1])}, as in quantization_config", experts)
     return {"expert_format": {"fp4": "mxfp4", "fp8": "fp8"}[experts], "linear_format": "fp8"}
 
 
-def _plain_dtype(raw: Mapping[str, Any]) -> str:
-    said = [str(raw[n]).removeprefix("torch.") for n in ("torch_dtype", "dtype") if _has(raw, n)]
+def _dtype_name(value: Any) -> Any:
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+def _plain_dtype(raw: Mapping[str, Any]) -> Any:
+    said = [_dtype_name(raw[n]) for n in ("torch_dtype", "dtype") if _has(raw, n)]
     plain = said[0] if said else "bfloat16"
     if plain not in ("bfloat16", "float32"):
         raise ConfigError("torch_dtype", "'bfloat16' or 'float32'", plain)
     if any(x != plain for x in said):
-        raise ConfigError("torch_dtype", f"{said[-1]!r}, as in dtype", plain)
+        raise ConfigError("torch_dtype", f"{shown(said[-1])}, as in dtype", plain)
     return plain
 
 

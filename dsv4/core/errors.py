@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
-def _shown(value: object, limit: int = 300) -> str:
+def shown(value: object, limit: int = 300) -> str:
     """repr for a message, cut to `limit`; integers of thousands of digits have no repr."""
     try:
         text = repr(value)
@@ -32,7 +32,7 @@ class ConfigError(Dsv4Error, ValueError):
     """A field of config.json, or of a ModelConfig, that cannot be."""
 
     def __init__(self, field: str, expected: str, got: object, fix: str = "") -> None:
-        super().__init__(f"config field {field!r}: expected {expected}, got {_shown(got)}")
+        super().__init__(f"config field {field!r}: expected {expected}, got {shown(got)}")
         self.field, self.expected, self.got = field, expected, got
         self.fix = fix or "correct config.json, or fetch it again"
 
@@ -112,7 +112,7 @@ class RequestError(Dsv4Error, ValueError):
     """A prompt or a sampling parameter that cannot be served."""
 
     def __init__(self, argument: str, expected: str, got: object, fix: str = "") -> None:
-        super().__init__(f"{argument}: expected {expected}, got {_shown(got)}")
+        super().__init__(f"{argument}: expected {expected}, got {shown(got)}")
         self.argument, self.expected, self.got = argument, expected, got
         self.fix = fix
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from dataclasses import FrozenInstanceError, replace
@@ -505,6 +506,23 @@ def test_any_change_gives_a_config_or_a_config_error(data: st.DataObject) -> Non
         return
     assert hash(config) == hash(replace(config))  # nothing mutable slipped in
     assert parse_config(json.loads(json.dumps(to_official(config)))).config == config
+
+
+# Values that break a careless message or check; 5000 digits are more than Python prints.
+HOSTILE = [10**5000, -(10**5000), 1e308, float("nan"), float("inf"), True, "", "x", [], {}, [{}]]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_hostile_value_in_any_place_gives_a_config_or_a_config_error(base: dict) -> None:
+    for *path, last in paths(base):
+        for value in HOSTILE:
+            raw = copy.deepcopy(base)
+            at = raw
+            for key in path:
+                at = at[key]
+            at[last] = value
+            with contextlib.suppress(ConfigError):
+                parse_config(raw)
 
 
 @given(VALUES)
