@@ -53,7 +53,12 @@ def stack_experts(weights: Sequence[BlockScaledTensor]) -> tuple[Tensor, Tensor,
     if first.format.has_global:
         parts = [w.global_scale for w in weights if w.global_scale is not None]
         return codes, scales, torch.stack([p.reshape(()) for p in parts])
+    check_expert_scales(scales)
+    return codes, scales, None
+
+
+def check_expert_scales(scales: Tensor) -> None:
+    """Raises ValueError for MXFP4 scale bytes [E, N, K / 32] that the kernels decode wrongly."""
     low, high = int(scales.min()), int(scales.max())
     if low < 63 or high > 192:
         raise ValueError(f"weights: expected scale bytes from 63 to 192, got {low} to {high}")
-    return codes, scales, None
