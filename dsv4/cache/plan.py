@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +10,7 @@ from dsv4.cache.schema import CacheSchema
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import RequestError
 from dsv4.core.inventory import TensorSpec, tensor_specs
-from dsv4.core.kv_layout import DEFAULT_PAGE_TOKENS, IndexKeys, growth_per_token
+from dsv4.core.kv_layout import DEFAULT_PAGE_TOKENS, IndexKeys, check_page_tokens, growth_per_token
 
 # Matrices with a dim of heads, groups, channels or words, which GPUs can divide among them.
 DIVIDED = ("wq_b", "wo_a", "wo_b", "shared_experts", "embed", "head")
@@ -25,10 +24,13 @@ class MemoryPlan:
     weight_bytes            weights per GPU
     kv_page_set_bytes       one page: `page_tokens` tokens of one request, over all layers
     pages_per_request       pages a request of `context` tokens needs, the last one rounded up
+    kv_token_bytes          bytes of pages that stand for one token, page padding included
+    kv_request_bytes        all bytes of one request: its pages and kv_fixed_per_request
     kv_page_bytes           the paged allocation: pages of the batch and the null page
     kv_fixed_per_request    window rings and compressor state of one request, MTP windows included
     kv_fixed_bytes          the state allocation: the same for the batch
-    kv_bytes                kv_page_bytes + kv_fixed_bytes, per GPU: what CacheStorage allocates
+    kv_bytes                kv_page_bytes + kv_fixed_bytes, per GPU: what CacheStorage allocates,
+                            bytes between stores that begin on multiples of 128 included
     kv_growth               bytes one more token of one request adds, page padding not counted
     total_bytes             weight_bytes + kv_bytes, per GPU
     memory_bytes            memory of one GPU, when it was given
@@ -45,6 +47,8 @@ class MemoryPlan:
     weight_bytes: int
     kv_page_set_bytes: int
     pages_per_request: int
+    kv_token_bytes: Fraction
+    kv_request_bytes: int
     kv_page_bytes: int
     kv_fixed_per_request: int
     kv_fixed_bytes: int
@@ -95,20 +99,19 @@ def plan(
     specs = tensor_specs(config).values()
     weights = weight_bytes_per_gpu(config, specs, gpus)
 
-    def schema_of(pages: int) -> CacheSchema:
-        return CacheSchema.of(
-            config, num_pages=batch * pages + 1, num_slots=batch, page_tokens=page_tokens,
-            index_keys=index_keys,
-        )  # fmt: skip
-
-    schema = schema_of(-(-context // page_tokens))
+    check_page_tokens(page_tokens)
+    schema = CacheSchema.of(
+        config, num_pages=batch * -(-context // page_tokens) + 1, num_slots=batch,
+        page_tokens=page_tokens, index_keys=index_keys,
+    )  # fmt: skip
     largest = None
     if memory_bytes is not None:
-        limit = config.max_position_embeddings
-        most = -(-limit // page_tokens)
-        pages = bisect_right(range(most + 1), memory_bytes - weights,
-                             key=lambda n: schema_of(n).nbytes)  # fmt: skip
-        largest = min((pages - 1) * page_tokens, limit) if pages else 0
+        pages = CacheSchema.pages_within(
+            config, nbytes=memory_bytes - weights, num_slots=batch, page_tokens=page_tokens,
+            index_keys=index_keys,
+        )  # fmt: skip
+        each = max(pages - 1, 0) // batch
+        largest = min(each * page_tokens, config.max_position_embeddings)
     return MemoryPlan(
         gpus=gpus,
         context=context,
@@ -119,6 +122,8 @@ def plan(
         weight_bytes=weights,
         kv_page_set_bytes=schema.page_stride,
         pages_per_request=schema.pages_for(context),
+        kv_token_bytes=Fraction(schema.page_stride, page_tokens),
+        kv_request_bytes=schema.request_bytes(context),
         kv_page_bytes=schema.page_bytes,
         kv_fixed_per_request=schema.slot_stride,
         kv_fixed_bytes=schema.state_bytes,

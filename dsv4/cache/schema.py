@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from dsv4.core.config import LayerKind, ModelConfig
@@ -19,6 +20,7 @@ from dsv4.core.kv_layout import (
 
 TAG_TOKENS = LayerKind.CSA.ratio  # tokens behind one canary tag of a page
 ALIGNMENT = 128  # bytes; every region starts on one, so that any vector load is aligned
+MAX_PAGES = 2**31  # page tables are int32
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,33 @@ class CacheSchema:
             ring_tags, entry_tags,
         )  # fmt: skip
 
+    @classmethod
+    def pages_within(
+        cls,
+        config: ModelConfig,
+        *,
+        nbytes: int,
+        num_slots: int,
+        page_tokens: int = DEFAULT_PAGE_TOKENS,
+        index_keys: IndexKeys = "fp8",
+        canary: bool = False,
+    ) -> int:
+        """The most `num_pages`, null page included, of a cache that takes at most `nbytes` bytes.
+
+        0 when one page and the slots already take more; MAX_PAGES for a model of windows alone,
+        whose pages have no bytes. Raises RequestError as `of` does.
+        """
+        if isinstance(nbytes, bool) or not isinstance(nbytes, int):
+            raise RequestError("nbytes", "an integer", nbytes)
+
+        def size(num_pages: int) -> int:
+            return cls.of(
+                config, num_pages=num_pages, num_slots=num_slots, page_tokens=page_tokens,
+                index_keys=index_keys, canary=canary,
+            ).nbytes  # fmt: skip
+
+        return bisect_right(range(1, MAX_PAGES + 1), nbytes, key=size)
+
     @property
     def num_mtp_windows(self) -> int:
         """MTP blocks with a window; their rows depend on the token that follows."""
@@ -167,6 +196,10 @@ class CacheSchema:
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens."""
         return -(-tokens // self.page_tokens)
+
+    def request_bytes(self, tokens: int) -> int:
+        """Bytes of one request of `tokens` tokens: its pages and its slot."""
+        return self.pages_for(tokens) * self.page_stride + self.slot_stride
 
 
 class _Allocation:

@@ -54,7 +54,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
         page_tokens=args.page_tokens, memory_bytes=memory,
     )  # fmt: skip
     if args.json:
-        numbers = asdict(p) | {"kv_growth": float(p.kv_growth)}
+        numbers = {k: float(v) if isinstance(v, Fraction) else v for k, v in asdict(p).items()}
         terminal.json({"schema": SCHEMA, **numbers, "fits": p.fits, "spare_bytes": p.spare_bytes})
     else:
         source = " in the file" if args.model in PUBLISHED else ", from config.json"
@@ -70,18 +70,27 @@ def _gpu_memory() -> int | None:
 
 
 def _exact(growth: Fraction) -> str:
-    """3850.25 without rounding: the denominators are powers of two."""
-    return f"{float(growth):,.7f}".rstrip("0").rstrip(".")
+    """3850.25 without rounding; a fraction where no short decimal is exact."""
+    text = f"{float(growth):,.7f}".rstrip("0").rstrip(".")
+    is_exact = Fraction(text.replace(",", "")) == growth
+    return text if is_exact else f"{growth.numerator:,}/{growth.denominator:,}"
 
 
 def _lines(p: Any, limit: int, source: str) -> list[str]:
     each = f" -> {gib(p.weight_bytes)} a GPU" if p.gpus > 1 else ""
     where = " a GPU" if p.gpus > 1 else ""
+    shared = p.kv_bytes - p.batch * p.kv_request_bytes
     lines = [
         f"weights    {gib(p.weight_file_bytes)}{each}  ({p.weight_file_bytes:,} bytes{source})",
         f"kv cache   {p.batch} x {p.context:,} tokens  {gib(p.kv_bytes)}{where}  "
         f"(pages {gib(p.kv_page_bytes)}, window and state {gib(p.kv_fixed_bytes)})",
-        f"           grows by {_exact(p.kv_growth)} bytes a token of one request",
+        f"           grows by {_exact(p.kv_growth)} bytes a token of one request, in pages of "
+        f"{p.page_tokens} tokens by {_exact(p.kv_token_bytes)}",
+        f"           a request takes {p.kv_request_bytes:,} bytes: pages "
+        f"{p.pages_per_request:,} x {p.kv_page_set_bytes:,}, "
+        f"window and state {p.kv_fixed_per_request:,}",
+        f"           allocated{where}: {p.kv_bytes:,} bytes, {shared:,} of them the null page "
+        "and alignment",
     ]
     total = f"total      {gib(p.total_bytes)}{where}"
     if p.memory_bytes is None:

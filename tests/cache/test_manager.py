@@ -11,7 +11,6 @@ import torch
 from dsv4.cache.allocator import PageAllocator
 from dsv4.cache.canary import CacheCorruptionError
 from dsv4.cache.manager import CacheManager
-from dsv4.cache.plan import plan
 from dsv4.cache.schema import CacheSchema
 from dsv4.cache.snapshot import SlotCopy
 from dsv4.cache.storage import CacheStorage
@@ -430,23 +429,6 @@ def test_the_least_recently_used_prefix_goes_first() -> None:
             assert hit.length == 128, f"prefix 0 was dropped at {k}"
             m.release(hit)
     assert m.admit([1] * 129).length == 0
-
-
-@pytest.mark.parametrize("model", ["flash", "pro"])
-@pytest.mark.parametrize("context", [4096, 131072, 1048576])
-@pytest.mark.parametrize("page_tokens", [128, 256])
-def test_allocated_equals_planned(model: str, context: int, page_tokens: int) -> None:
-    config = getattr(ModelConfig, model)()
-    p = plan(config, context=context, batch=2, page_tokens=page_tokens)
-    schema = CacheSchema.of(
-        config, num_pages=2 * p.pages_per_request + 1, num_slots=2, page_tokens=page_tokens
-    )
-    storage = CacheStorage(schema, "meta")
-    allocated = storage.pages.numel() + storage.states.numel()
-    assert allocated == p.kv_bytes
-    r = storage.layers[2].entries
-    assert r is not None
-    assert r.shape == (schema.num_pages, -(-page_tokens // 4 * 584 // 576) * 576)
 
 
 def test_stores_of_one_kind_are_copied_together() -> None:
