@@ -1,0 +1,73 @@
+"""The lightning indexer of a CSA layer: which entries each query attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dsv4.core.config import LayerKind, ModelConfig
+from dsv4.core.kv_layout import IndexKeys
+from dsv4.core.taps import tap
+from dsv4.layers.batch import Batch
+from dsv4.layers.compressor import Compressor, CompressorRows
+from dsv4.layers.linear import Fp8Linear, WideLinear
+from dsv4.layers.weights import WeightView
+from dsv4.ops.indexer import indexer_scores_topk
+from dsv4.ops.norm import inverse_rope
+
+
+@dataclass(frozen=True)
+class IndexerForm:
+    """How keys and queries are kept.
+
+    keys        "fp8" or "mxfp4", as the cache stores them
+    is_rotated  Hadamard before the rounding
+    is_rounded  whether queries are rounded like the keys
+    """
+
+    keys: IndexKeys = "fp8"
+    is_rotated: bool = True
+    is_rounded: bool = True
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Queries from the latent, head weights from the hidden state, keys from its compressor."""
+
+    config: ModelConfig
+    name: str
+    form: IndexerForm
+    wq_b: Fp8Linear
+    weights_proj: WideLinear
+    compressor: Compressor
+
+    @classmethod
+    def of(cls, config: ModelConfig, w: WeightView, form: IndexerForm, name: str) -> Indexer:
+        """The indexer whose weights are `w`; `name` is the prefix of its taps."""
+        compressor = Compressor.of(w.at("compressor"), LayerKind.CSA, config.rms_norm_eps)
+        wq_b, proj = Fp8Linear.of(w.fp8("wq_b")), WideLinear.of(w, "weights_proj")
+        return cls(config, name, form, wq_b, proj, compressor)
+
+    def choose(
+        self, x: Tensor, latent: Tensor, batch: Batch, new: CompressorRows, state: Tensor,
+        pages: Tensor, per_page: int,
+    ) -> Tensor:  # fmt: skip
+        """Write the keys that the batch completes, then pick each query's entries.
+
+        x [T, D], latent [T, L] -> [T, topk] int32, ascending, -1 after the last
+        """
+        c, form, rows = self.config, self.form, batch.rows
+        self.compressor.insert_keys(new, batch, state, pages, per_page, form.keys, form.is_rotated)
+        q = self.wq_b(latent).unflatten(1, (c.index_n_heads, -1))
+        rope = batch.ropes[LayerKind.CSA]
+        inverse_rope(q, rope.cos, rope.minus_sin, rows.position)
+        scale = (c.index_head_dim * c.index_n_heads) ** -0.5
+        head_weights = self.weights_proj(x) * scale
+        chosen = indexer_scores_topk(
+            q, head_weights, pages, batch.page_table, rows.slot, rows.position,
+            LayerKind.CSA.ratio, per_page, c.index_topk, form.keys, form.is_rotated,
+            form.is_rounded,
+        )  # fmt: skip
+        tap(f"{self.name}.topk", chosen)
+        return chosen

@@ -1,0 +1,96 @@
+"""The feed-forward half of a block: router, routed experts, shared expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv4.core.config import ModelConfig
+from dsv4.core.taps import tap
+from dsv4.kernels.common.linear_weights import join_rows
+from dsv4.layers.batch import Batch
+from dsv4.layers.linear import Fp8Linear, WideLinear
+from dsv4.layers.weights import ExpertStack, WeightView
+from dsv4.ops.moe import moe_routed
+from dsv4.ops.router import router_hash, router_topk
+
+
+@dataclass(frozen=True)
+class Router:
+    """Which experts see a token, and with what weight: by score, or by the token's id."""
+
+    config: ModelConfig
+    gate: WideLinear
+    bias: Tensor | None
+    tid2eid: Tensor | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, w: WeightView) -> Router:
+        """The router whose weights are `w`."""
+        is_hash = "tid2eid" in w
+        bias, table = (None, w["tid2eid"]) if is_hash else (w["bias"], None)
+        return cls(config, WideLinear(w["weight"]), bias, table)
+
+    def __call__(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> ids [T, K] int32, -1 in padding rows; weights [T, K] FP32"""
+        logits, scaling = self.gate(x), self.config.routed_scaling_factor
+        if self.tid2eid is not None:
+            return router_hash(logits, self.tid2eid, batch.ids, scaling)
+        assert self.bias is not None
+        ids, weights = router_topk(logits, self.bias, self.config.num_experts_per_tok, scaling)
+        return ids.masked_fill(batch.is_padding[:, None], -1), weights
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The expert that sees every token; gate and up are one matrix."""
+
+    gate_up: Fp8Linear
+    down: Fp8Linear
+    limit: float
+
+    @classmethod
+    def of(cls, config: ModelConfig, w: WeightView) -> SharedExpert:
+        """The shared expert whose weights are `w`."""
+        gate_up = join_rows([w.fp8("w1"), w.fp8("w3")])
+        return cls(Fp8Linear.of(gate_up), Fp8Linear.of(w.fp8("w2")), config.swiglu_limit)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]"""
+        gate, up = self.gate_up(x).float().chunk(2, dim=1)
+        hidden = F.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
+        return self.down(hidden.to(torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class Moe:
+    """y = sum of the chosen experts + the shared one."""
+
+    config: ModelConfig
+    name: str
+    router: Router
+    shared: SharedExpert
+    experts: ExpertStack
+
+    @classmethod
+    def of(cls, config: ModelConfig, w: WeightView, name: str) -> Moe:
+        """The experts whose weights are `w`; `name` ("layers.3.ffn") is the prefix of taps."""
+        shared = SharedExpert.of(config, w.at("shared_experts"))
+        return cls(config, name, Router.of(config, w.at("gate")), shared, w.expert_stack())
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """x [T, D] after the block's norm -> [T, D]"""
+        ids, weights = self.router(x, batch)
+        tap(f"{self.name}.router.ids", ids)
+        tap(f"{self.name}.router.weights", weights)
+        e = self.experts
+        out = moe_routed(
+            x, ids, weights, e.codes["w1"], e.scales["w1"], e.codes["w3"], e.scales["w3"],
+            e.codes["w2"], e.scales["w2"], e.global_scale, self.shared(x),
+            self.config.swiglu_limit, 0, e.format,
+        )  # fmt: skip
+        tap(f"{self.name}.out", out)
+        return out
