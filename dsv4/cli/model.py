@@ -63,12 +63,14 @@ def add_runtime_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> N
     """MODEL and the flags that choose how it runs."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or nano")
     group = parser.add_argument_group("runtime")
-    group.add_argument("--tier", type=int, choices=(0, 1), default=defaults["DSV4_TIER"],
-                       help="0: transformers, 1: the reference (default %(default)s)")  # fmt: skip
+    group.add_argument("--tier", type=int, choices=(0, 1, 2), default=defaults["DSV4_TIER"],
+                       help="0: transformers, 1: the reference, 2: the production path "
+                       "(default %(default)s)")  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, default=defaults["DSV4_DTYPE"],
-                       help="of activations and weights (default %(default)s)")  # fmt: skip
+                       help="of activations and weights (default %(default)s); tier 2 is always "
+                       "bfloat16 over the stored weights")  # fmt: skip
     group.add_argument("--device", type=device_name, default="cpu", metavar="cpu|cuda|cuda:N",
-                       help="tier 1: where it computes (default cpu)")  # fmt: skip
+                       help="tiers 1 and 2: where it computes (default cpu)")  # fmt: skip
     group.add_argument("--simulate-kv-quant", choices=("on", "off"), default="off",
                        help="tier 1: round the KV cache and indexer as the official cache does "
                        "(default off)")  # fmt: skip
@@ -76,7 +78,7 @@ def add_runtime_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> N
                        help="tier 1: leave experts quantised in memory; slower")  # fmt: skip
     group.add_argument("--max-context", type=int, default=defaults["DSV4_MAX_CONTEXT"],
                        metavar="N", help="refuse longer prompts, stop there "
-                       "(default: the model's limit)")  # fmt: skip
+                       "(default: the model's limit; 32,768 in tier 2)")  # fmt: skip
     group.add_argument("--threads", type=int, default=defaults["DSV4_THREADS"], metavar="N",
                        help="CPU threads")  # fmt: skip
 
@@ -201,9 +203,13 @@ def load_runner(args: Namespace, terminal: Terminal) -> tuple[Runner, str]:
     checkpoint = Checkpoint.open(folder)
     for notice in checkpoint.notices:
         terminal.note(f"note: {notice}")
-    with terminal.progress("loading") as progress:
-        weights = checkpoint.load(progress)
     name = NANO if args.model == NANO else folder.resolve().name
+    with terminal.progress("loading") as progress:
+        if args.tier == 2:
+            from dsv4.cli.tier2 import load_production
+
+            return load_production(args, checkpoint, progress), name
+        weights = checkpoint.load(progress)
     return _build(args, checkpoint.config, weights), name
 
 
@@ -221,6 +227,10 @@ def set_threads(threads: int | None) -> None:
 def context_limit(args: Namespace, config: ModelConfig) -> int:
     """Tokens of prompt and answer together. Raises RequestError for an impossible --max-context."""
     limit = config.max_position_embeddings
+    if args.tier == 2:
+        from dsv4.engine.model import EngineLimits
+
+        return EngineLimits(args.max_context).context(config)
     if args.max_context is None:
         return limit
     if not 1 <= args.max_context <= limit:
@@ -254,6 +264,10 @@ def _check_runtime(args: Namespace) -> None:
         ):
             if is_set:
                 raise RequestError("tier", f"1 for {flag}", 0, "use --tier 1")
+    if args.tier == 2:
+        from dsv4.cli.tier2 import check_production
+
+        check_production(args)
 
 
 def _build(args: Namespace, config: ModelConfig, weights: dict[str, Any]) -> Runner:

@@ -209,7 +209,8 @@ def _read_rope(raw: Mapping[str, Any], is_official: bool) -> dict[str, Any]:
     if theirs is None:
         return {"yarn": yarn}
     if theirs["yarn"] != yarn:
-        raise ConfigError("rope_scaling", f"{shown(theirs['yarn'])}, as in rope_parameters", scaling)
+        wanted = shown(theirs["yarn"])
+        raise ConfigError("rope_scaling", f"{wanted}, as in rope_parameters", scaling)
     return theirs
 
 

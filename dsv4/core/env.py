@@ -56,7 +56,7 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 _VARIABLES = (
     Variable("DSV4_DEBUG", False, "show the traceback of an error", _flag),
     Variable("DSV4_QUIET", False, "as --quiet: no progress, no statistics", _flag),
-    Variable("DSV4_TIER", 1, "as --tier", lambda text: int(_one_of("0", "1")(text))),
+    Variable("DSV4_TIER", 1, "as --tier", lambda text: int(_one_of("0", "1", "2")(text))),
     Variable(
         "DSV4_DTYPE", "float32", "as --dtype", _one_of("float32", "bfloat16", "float64")
     ),

@@ -155,6 +155,23 @@ class Checkpoint:
             raise CheckpointError.of(problems)
         return _assemble(sources, tensors)
 
+    def stream(
+        self, progress: Progress | None = None, keep: Callable[[str], bool] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The stored tensors one by one, official names, CPU: for who copies them to a device.
+
+        Memory: one tensor. `keep` picks parameters by name. Raises CheckpointError as `load` does,
+        at the end for bad values: what came before is not to be used then.
+        """
+        sources = [s for s in self._sources.values() if keep is None or keep(s.spec.parameter)]
+        problems: list[CheckpointProblem] = []
+        for source, x in self._read(sources, progress):
+            problems += value_problems(source, x, self.config)
+            yield source.spec.name, x
+        problems += self._changes(problems)
+        if problems:
+            raise CheckpointError.of(problems)
+
     def verify(
         self,
         deep: bool = False,

@@ -184,7 +184,7 @@ def _is_naturals(value: Any) -> bool:
     """A list of integers from 0 to 2^63 - 1; bool is not an integer here."""
     if not isinstance(value, list):
         return False
-    for item in value:  # a plain loop: the fastest way for the one to four items of a tensor
+    for item in value:  # noqa: SIM110 - the fastest way for the one to four items of a tensor
         if type(item) is not int or not 0 <= item < _NATURALS_END:
             return False
     return True

@@ -1,0 +1,61 @@
+"""One sequence at a time on the production model, with the interface of the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.cache.request import CachedRequest
+from dsv4.core.errors import RequestError
+from dsv4.engine.model import ProductionModel
+
+
+class SingleSequence:
+    """What the command line's session and the diff of tiers run.
+
+    A new cache takes the place of the one before, which is released.
+    """
+
+    def __init__(self, model: ProductionModel) -> None:
+        self.model, self.config, self.device = model, model.config, model.device
+        self._request: CachedRequest | None = None
+
+    def new_cache(self) -> CachedRequest:
+        """An empty cache."""
+        if self._request is not None:
+            self.model.cache.release(self._request)
+        self._request = self.model.cache.admit()
+        return self._request
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, cache: CachedRequest, last_only: bool = False) -> Tensor:
+        """Logits of T more tokens.
+
+        ids [T] int64 on the model's device -> [T, V] FP32, or [1, V] of the last token only
+        Raises RequestError for ids outside the vocabulary or a context that grows too long.
+        """
+        self._check_ids(ids, cache.length)
+        chunks = ids.split(self.model.limits.max_rows)
+        outs = [self._step(chunk, cache) for chunk in chunks]
+        streams = outs[-1][-1:] if last_only else torch.cat(outs)
+        return self.model.trunk.logits(streams)
+
+    def _step(self, ids: Tensor, cache: CachedRequest) -> Tensor:
+        step = self.model.prepare([(cache, len(ids))])
+        try:
+            streams = self.model.streams(step, ids, is_prefill=len(ids) > 1)
+        except BaseException:
+            step.abort()
+            raise
+        step.commit()
+        return streams
+
+    def _check_ids(self, ids: Tensor, length: int) -> None:
+        V, limit = self.config.vocab_size, self.model.max_context
+        if ids.dim() != 1 or ids.dtype != torch.int64:
+            raise RequestError("ids", "int64 [T]", f"{ids.dtype} {list(ids.shape)}")
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < V:
+            raise RequestError("ids", f"0 to {V - 1}", f"{int(ids.min())} to {int(ids.max())}")
+        if length + len(ids) > limit:
+            fix = "raise --max-context, or shorten the prompt"
+            raise RequestError("ids", f"at most {limit} positions", length + len(ids), fix)
