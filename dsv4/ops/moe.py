@@ -11,11 +11,14 @@ from dsv4.core.dispatch import select
 from dsv4.core.formats import BlockScaledTensor
 from dsv4.core.op import dsv4_op
 from dsv4.kernels.moe import moe_routed as portable
+from dsv4.kernels.moe import moe_routed_grouped as grouped
 from dsv4.kernels.moe import moe_routed_sm90
 
-# Best first. Up to 64 tokens an expert's weights decide, beyond them the matrix units.
-MOE_ROUTED_DECODE = (moe_routed_sm90.SPEC, portable.SPEC)
-MOE_ROUTED = (portable.SPEC,)
+# Best first. Up to 64 tokens an expert's weights decide, beyond them the matrix units. Within each
+# kernel a token gets the same bits in any batch; the decode kernel adds in another order than the
+# grouped one, so on Hopper its last bits can differ between 64 tokens in a call and 65.
+MOE_ROUTED_DECODE = (moe_routed_sm90.SPEC, grouped.SPEC, portable.SPEC)
+MOE_ROUTED = (grouped.SPEC, portable.SPEC)
 
 
 def _result(*args: object, **kwargs: object) -> Tensor:
@@ -32,9 +35,10 @@ def moe_routed(
     args = (
         x, ids, routing, w1, s1, w3, s3, w2, s2, global_scale, shared, limit, first_expert, format,
     )  # fmt: skip
-    out = portable.outputs(*args)
     is_decode = len(x) <= moe_routed_sm90.MAX_TOKENS
-    select(MOE_ROUTED_DECODE if is_decode else MOE_ROUTED, x.device).launch(*args, out)
+    kernel = select(MOE_ROUTED_DECODE if is_decode else MOE_ROUTED, x.device)
+    out = (grouped if kernel is grouped.SPEC else portable).outputs(*args)
+    kernel.launch(*args, out)
     return out[0]
 
 
