@@ -79,6 +79,9 @@ class ProductionModel:
         limits, form = limits or EngineLimits(), form or IndexerForm()
         self.config, self.device = config, torch.device(device)
         self.limits, self.max_context = limits, limits.context(config)
+        if limits.max_rows < limits.max_requests:
+            expected = f"max_requests {limits.max_requests} or more"
+            raise RequestError("max_rows", expected, limits.max_rows)
         self.weights = DeviceWeights.load(config, stored, self.device)
         self.trunk = Trunk.of(config, self.weights, form, unfused)
         schema = CacheSchema.of(
@@ -99,6 +102,8 @@ class ProductionModel:
 
     def streams(self, step: Step, ids: Tensor, is_prefill: bool) -> Tensor:
         """Run a prepared step: ids [T] of its rows -> streams [T, N, D]. The caller ends it."""
-        page_tokens = self.limits.page_tokens
-        batch = Batch.of(ids, step.rows, step.page_table, self.ropes, page_tokens, is_prefill)
+        batch = Batch.of(
+            ids, step.rows, step.page_table, self.ropes, self.limits.page_tokens, is_prefill,
+            self.trunk.embedding.dtype,
+        )  # fmt: skip
         return self.trunk.streams(batch, self.storage)

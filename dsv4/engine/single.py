@@ -22,10 +22,15 @@ class SingleSequence:
 
     def new_cache(self) -> CachedRequest:
         """An empty cache."""
-        if self._request is not None:
-            self.model.cache.release(self._request)
+        self.close()
         self._request = self.model.cache.admit()
         return self._request
+
+    def close(self) -> None:
+        """Release the sequence; its cache serves no longer."""
+        if self._request is not None:
+            self.model.cache.release(self._request)
+            self._request = None
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, cache: CachedRequest, last_only: bool = False) -> Tensor:

@@ -37,18 +37,18 @@ class Batch:
     angles: Mapping[LayerKind, tuple[Tensor, Tensor]]
     is_prefill: bool
     page_tokens: int
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype
 
     @classmethod
     def of(
         cls, ids: Tensor, rows: StepRows, page_table: Tensor, ropes: RopeTables, page_tokens: int,
-        is_prefill: bool,
+        is_prefill: bool, dtype: torch.dtype = torch.bfloat16,
     ) -> Batch:  # fmt: skip
         """Look up the angles of the rows; the rest is taken as it is."""
         position = rows.position
         angles = {kind: (ropes[kind].cos[position], ropes[kind].sin[position]) for kind in ropes}
         empty = page_table.new_empty(len(page_table), 0)
-        return cls(ids, rows, page_table, empty, ropes, angles, is_prefill, page_tokens)
+        return cls(ids, rows, page_table, empty, ropes, angles, is_prefill, page_tokens, dtype)
 
     @property
     def is_padding(self) -> Tensor:
@@ -57,8 +57,3 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-def padded_ids(ids: Tensor, num_rows: int) -> Tensor:
-    """ids [n] -> [num_rows], -1 after the last."""
-    return torch.nn.functional.pad(ids, (0, num_rows - len(ids)), value=-1)

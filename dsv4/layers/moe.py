@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,7 +61,7 @@ class SharedExpert:
         """x [T, D] -> [T, D]"""
         gate, up = self.gate_up(x).float().chunk(2, dim=1)
         hidden = F.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
-        return self.down(hidden.to(torch.bfloat16))
+        return self.down(hidden.to(x.dtype))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,247 @@
+"""Continuous batching: requests of any length come and go, each gets what it would get alone.
+
+A step is all prefill or all decode. The host is one step behind the device: it queues a step, then
+looks at the tokens of the step before. A request that turns out to have ended has then run once
+more than it needed; that token is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from dsv4.cache.request import CachedRequest, Step
+from dsv4.core.errors import CapacityError, RequestError
+from dsv4.core.kv_layout import PAGE_QUANTUM
+from dsv4.core.sampling import SamplingParams
+from dsv4.engine.model import ProductionModel
+from dsv4.engine.request import EngineRequest
+from dsv4.engine.stepper import Pending, Stepper
+
+Launch = tuple[list[EngineRequest], Pending]
+Update = tuple[EngineRequest, int]
+
+
+class Engine:
+    """Serves requests with one model.
+
+    model    whose cache the engine takes over
+    stepper  runs its steps; one with CUDA graphs is made on a GPU
+    stop_ids ids that end any answer, unless its parameters say ignore_eos
+    """
+
+    def __init__(
+        self, model: ProductionModel, stepper: Stepper | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.model, self.stop_ids = model, stop_ids
+        self.stepper = Stepper(model) if stepper is None else stepper
+        self.stepper.capture()
+        self._waiting: deque[EngineRequest] = deque()
+        self._running: list[EngineRequest] = []
+        self._in_flight: Launch | None = None
+        self._known: list[Update] = []  # tokens that `step` has not returned yet
+        self._prefilled_last = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._waiting or self._running or self._in_flight)
+
+    def add(self, prompt: Sequence[int], params: SamplingParams | None = None) -> EngineRequest:
+        """Queue a request. Raises RequestError for a prompt that cannot be served."""
+        params = params or SamplingParams()
+        V, limit = self.model.config.vocab_size, self.model.max_context
+        if not 1 <= len(prompt) < limit:
+            raise RequestError("prompt", f"1 to {limit - 1:,} ids", len(prompt), "shorten it")
+        for token in prompt:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < V:
+                raise RequestError("prompt", f"ids from 0 to {V - 1}", token)
+        schema = self.model.cache.schema
+        held = (schema.num_pages - 1) * schema.page_tokens  # by a request that is alone
+        if len(prompt) >= held:
+            raise CapacityError("cache tokens", len(prompt) + 1, held, "shorten the prompt")
+        stops = frozenset(params.stop_token_ids)
+        stops |= frozenset() if params.ignore_eos else self.stop_ids
+        room = min(params.max_tokens, limit - len(prompt), held - len(prompt))
+        request = EngineRequest(tuple(prompt), params, stops, room)
+        self._waiting.append(request)
+        return request
+
+    def cancel(self, request: EngineRequest) -> None:
+        """End a request now; one that has ended already stays as it is."""
+        if not request.is_finished:
+            request.finish_reason = "cancelled"
+            self._drop(request)
+
+    def step(self) -> list[Update]:
+        """Queue one step, and return (request, token) for what became known of the step before."""
+        launched = self._launch()
+        self._collect()
+        self._in_flight = launched
+        known, self._known = self._known, []
+        return known
+
+    def _launch(self) -> Launch | None:
+        """Prefill and decode take turns while there is work for both."""
+        turns = [self._prefill, self._decode]
+        if self._prefilled_last:
+            turns.reverse()
+        for turn in turns:
+            if (launched := turn()) is not None:
+                self._prefilled_last = turn == self._prefill
+                return launched
+        if len(self._running) > 1 and self._in_flight is None:
+            self._preempt_newest()  # all wait for pages that the others hold
+        return None
+
+    def _collect(self) -> None:
+        """Look at the tokens in flight; requests that have ended leave."""
+        if self._in_flight is None:
+            return
+        requests, pending = self._in_flight
+        self._in_flight = None
+        for request, token in zip(requests, pending.wait(), strict=True):
+            if request.is_finished:
+                continue
+            request.take(token)
+            self._known.append((request, token))
+            if request.is_finished:
+                self._drop(request)
+
+    def _drop(self, request: EngineRequest) -> None:
+        if request.cached is not None:
+            self.model.cache.release(request.cached)
+            request.cached = None
+        if request in self._running:
+            self._running.remove(request)
+        elif request in self._waiting:
+            self._waiting.remove(request)
+
+    # ---- prefill
+
+    def _prefill(self) -> Launch | None:
+        """A chunk of each request that has ids to feed, as many as fit in a step."""
+        self._admit()
+        room = self.model.limits.max_rows
+        batch: list[tuple[EngineRequest, int]] = []
+        for request in self._running:
+            n = min(self._chunk(request), room)
+            if n and (pair := self._fitting(request, n, batch)) is not None:
+                batch.append(pair)
+                room -= n
+        if not batch:
+            return None
+        step = self.model.prepare(_spans(batch))
+        ids, last, done = [], [], []
+        for request, n in batch:
+            held = _cached(request).length
+            ids += request.prompt[held : held + n]
+            if held + n == len(request.prompt):
+                last.append(len(ids) - 1)
+                done.append(request)
+        launched = self._run(step, done, lambda: self.stepper.prefill(step, ids, last))
+        for request, _ in batch:
+            self._keep_prefix(request)
+        return launched
+
+    def _chunk(self, request: EngineRequest) -> int:
+        """Ids to feed next; a chunk stops where the prefix of the prompt is to be kept."""
+        left = 0 if request.num_sampled else request.num_to_feed
+        held, boundary = _cached(request).length, self._boundary(request)
+        if held < boundary:
+            left = min(left, boundary - held)
+        return min(left, self.model.limits.max_rows)
+
+    def _boundary(self, request: EngineRequest) -> int:
+        """Tokens of the prompt that are kept as a prefix: all whole blocks before its last id."""
+        if not self.model.limits.prefix_bytes:
+            return 0
+        return (len(request.prompt) - 1) // PAGE_QUANTUM * PAGE_QUANTUM
+
+    def _keep_prefix(self, request: EngineRequest) -> None:
+        n = self._boundary(request)
+        if n and _cached(request).length == n:
+            self.model.cache.keep_prefix(_cached(request), request.prompt[:n], request.prompt[n])
+
+    def _admit(self) -> None:
+        """Give slots to waiting requests, first come first served."""
+        cache = self.model.cache
+        while self._waiting and cache.num_free_slots:
+            request = self._waiting[0]
+            if request.cached is not None:
+                if not self._try_restore(request):
+                    return
+            else:
+                request.cached = cache.admit(request.prompt[:-1])
+            self._waiting.popleft()
+            self._running.append(request)
+            slot = _cached(request).slot
+            assert slot is not None
+            token = request.tokens[-1] if request.tokens else 0
+            self.stepper.table.set(slot, request.params, request.seed, token)
+
+    def _try_restore(self, request: EngineRequest) -> bool:
+        try:
+            self.model.cache.restore(_cached(request))
+        except CapacityError:
+            return False
+        return True
+
+    def _fitting(
+        self, request: EngineRequest, n: int, batch: Sequence[tuple[EngineRequest, int]]
+    ) -> tuple[EngineRequest, int] | None:
+        """The pair, if its pages fit beside those of `batch`."""
+        pair = request, n
+        return pair if self.model.cache.demand(_spans([*batch, pair])).fits else None
+
+    # ---- decode
+
+    def _decode(self) -> Launch | None:
+        """One more token for every request whose prompt is fed."""
+        ready = [r for r in self._running if r.num_sampled and r.wants_more]
+        while ready and not self.model.cache.demand(_spans([(r, 1) for r in ready])).fits:
+            if self._in_flight is not None:
+                self._collect()  # somebody may have ended
+            else:
+                self._preempt_newest()
+            ready = [r for r in ready if r in self._running and r.wants_more]
+        if not ready:
+            return None
+        step = self.model.prepare(_spans([(r, 1) for r in ready]), self.stepper.padded(len(ready)))
+        is_filtered = any(_has_filter(r.params) for r in ready)
+        return self._run(step, ready, lambda: self.stepper.decode(step, len(ready), is_filtered))
+
+    def _preempt_newest(self) -> None:
+        """Let the request that came last wait on the host. Its tokens are all known."""
+        assert self._in_flight is None
+        assert len(self._running) > 1, "a request that is alone always fits"
+        newest = self._running.pop()
+        self.model.cache.preempt(_cached(newest))
+        self._waiting.appendleft(newest)
+
+    def _run(
+        self, step: Step, requests: list[EngineRequest], launch: Callable[[], Pending]
+    ) -> Launch:
+        try:
+            pending = launch()
+        except BaseException:
+            step.abort()
+            raise
+        step.commit()
+        for request in requests:
+            request.num_sampled += 1
+        return requests, pending
+
+
+def _cached(request: EngineRequest) -> CachedRequest:
+    assert request.cached is not None
+    return request.cached
+
+
+def _spans(batch: Sequence[tuple[EngineRequest, int]]) -> list[tuple[CachedRequest, int]]:
+    return [(_cached(request), n) for request, n in batch]
+
+
+def _has_filter(params: SamplingParams) -> bool:
+    return bool(not params.is_greedy and (params.top_k or params.top_p < 1 or params.min_p))

@@ -1,0 +1,167 @@
+"""Steps on the device: forward, the choice of the next tokens, one CUDA graph for each batch size.
+
+The last token of a request stays on the device, in the row of its slot, so that the next step is
+queued before the host has seen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4.cache.request import Step
+from dsv4.cache.step import StepRows
+from dsv4.core.sampling import SamplingParams
+from dsv4.engine.model import ProductionModel
+from dsv4.ops.sampling import sample
+
+DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
+WARM_UPS = 2  # runs of a step before its capture
+
+
+class SlotTable:
+    """What the device knows of the request in each slot; one row more for padding.
+
+    token        int64, the last one chosen
+    seed, temperature, top_k, top_p, min_p  as the sampler takes them
+    """
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        def column(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((num_slots + 1,), value, dtype=dtype, device=device)
+
+        self.token, self.seed = column(0, torch.int64), column(0, torch.int64)
+        self.temperature, self.top_p = column(0, torch.float32), column(1, torch.float32)
+        self.min_p, self.top_k = column(0, torch.float32), column(0, torch.int32)
+
+    def set(self, slot: int, params: SamplingParams, seed: int, token: int = 0) -> None:
+        """Write the row of a slot."""
+        signed = seed - (1 << 64) if seed >> 63 else seed
+        for column, value in (
+            (self.token, token), (self.seed, signed), (self.temperature, params.temperature),
+            (self.top_k, params.top_k), (self.top_p, params.top_p), (self.min_p, params.min_p),
+        ):  # fmt: skip
+            column[slot] = value
+
+    def choose(self, logits: Tensor, row: Tensor, position: Tensor, is_filtered: bool) -> Tensor:
+        """logits [B, V]; row [B] of the table; position [B] of the tokens drawn -> ids [B]"""
+        filters: tuple[Tensor, ...] = ()
+        if is_filtered:
+            filters = self.top_k[row], self.top_p[row], self.min_p[row]
+        ids = sample(logits, self.temperature[row], self.seed[row], position, *filters)
+        self.token[row] = ids
+        return ids
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Tokens on their way to the host."""
+
+    tokens: Tensor
+    event: torch.cuda.Event | None
+
+    def wait(self) -> list[int]:
+        """The tokens, once they are there."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tokens.tolist()
+
+
+class Stepper:
+    """Runs prepared steps of a model.
+
+    sizes       batch sizes of decode steps; a smaller batch is padded
+    use_graphs  capture decode steps (CUDA); else they run eagerly
+    """
+
+    def __init__(
+        self, model: ProductionModel, sizes: Sequence[int] = DECODE_SIZES,
+        use_graphs: bool | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model
+        most = model.limits.max_requests
+        self.sizes = sorted({min(size, most) for size in sizes} | {most})
+        self.use_graphs = model.device.type == "cuda" if use_graphs is None else use_graphs
+        self.table = SlotTable(most, model.device)
+        self._graphs: dict[tuple[int, bool], Callable[[], Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
+
+    def padded(self, count: int) -> int:
+        """The size of the decode step that serves `count` requests."""
+        return next(size for size in self.sizes if size >= count)
+
+    @torch.inference_mode()
+    def prefill(self, step: Step, ids: Sequence[int], last: Sequence[int]) -> Pending:
+        """Run the chunks of a step; choose a token after each row of `last`."""
+        device = self.model.device
+        streams = self.model.streams(step, torch.tensor(ids, device=device), is_prefill=True)
+        if not last:
+            return Pending(torch.empty(0, dtype=torch.int64), None)
+        at = torch.tensor(last, device=device)
+        logits = self.model.trunk.logits(streams[at])
+        chosen = self.table.choose(
+            logits, step.rows.slot[at], step.rows.position[at] + 1, is_filtered=True
+        )
+        return _to_host(chosen)
+
+    @torch.inference_mode()
+    def decode(self, step: Step, count: int, is_filtered: bool) -> Pending:
+        """One more token for each of the first `count` rows of a step padded to one of `sizes`."""
+        size = len(step.rows.slot)
+        run = self._graphs.get((size, is_filtered))
+        chosen = run() if run is not None else self._decode(step, size, is_filtered)
+        return _to_host(chosen[:count])
+
+    def _decode(self, step: Step, size: int, is_filtered: bool) -> Tensor:
+        rows: StepRows = step.rows
+        live = rows.slot >= 0
+        at = torch.where(live, rows.slot, len(self.table.token) - 1)
+        ids = torch.where(live, self.table.token[at], -1)
+        streams = self.model.streams(step, ids, is_prefill=False)
+        logits = self.model.trunk.logits(streams)
+        return self.table.choose(logits, at, rows.position + 1, is_filtered)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Compile and record every decode step; afterwards none compiles or allocates.
+
+        The rows are padding meanwhile: what a step reads of a request lies on the device and is
+        looked up when the graph runs.
+        """
+        if not self.use_graphs:
+            return
+        for size in reversed(self.sizes):  # the largest first: later graphs fit in its memory
+            for is_filtered in (False, True):
+                step = self.model.prepare([], num_rows=size)
+                self._graphs[size, is_filtered] = self._record(step, size, is_filtered)
+                step.commit()
+
+    def _record(self, step: Step, size: int, is_filtered: bool) -> Callable[[], Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self._decode(step, size, is_filtered)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            chosen = self._decode(step, size, is_filtered)
+
+        def run() -> Tensor:
+            graph.replay()
+            return chosen
+
+        return run
+
+
+def _to_host(tokens: Tensor) -> Pending:
+    if tokens.device.type != "cuda":
+        return Pending(tokens.clone(), None)
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return Pending(host, event)

@@ -1,0 +1,191 @@
+"""Many requests at once: each gets the tokens that it would get alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from support.oracle_ops import use_oracles
+from support.production import production, random_ids, random_weights, reference, served_config
+
+from dsv4.core.errors import CapacityError, RequestError
+from dsv4.core.sampling import SamplingParams
+from dsv4.engine.engine import Engine
+from dsv4.engine.model import EngineLimits, ProductionModel
+from dsv4.engine.request import EngineRequest
+from dsv4.reference.sampler import TokenRng, sample
+
+CONFIG = served_config(num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=1)
+WEIGHTS = random_weights(CONFIG)
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+@pytest.fixture(autouse=True)
+def oracles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_oracles(monkeypatch)
+    yield
+
+
+def limits(**fields: int) -> EngineLimits:
+    return EngineLimits(**{"max_context": 512, "max_requests": 4, "max_rows": 64} | fields)
+
+
+def run(engine: Engine, most: int = 10_000) -> None:
+    """Step until nothing is left to do; every cache invariant holds after each step."""
+    for _ in range(most):
+        if not engine.has_work:
+            return
+        engine.step()
+        engine.model.cache.check()
+    raise AssertionError("the engine does not come to an end")
+
+
+def prompts(count: int, longest: int = 150) -> list[list[int]]:
+    rng = random.Random(count)
+    lengths = [rng.randint(1, longest) for _ in range(count)]
+    return [random_ids(CONFIG, n, seed=i).tolist() for i, n in enumerate(lengths)]
+
+
+def alone(prompt: Sequence[int], params: SamplingParams, stops: frozenset[int] = frozenset()):
+    """The answer of a fresh engine that serves nothing else."""
+    engine = Engine(production(CONFIG, WEIGHTS, limits=limits()), stop_ids=stops)
+    request = engine.add(prompt, params)
+    run(engine)
+    return request.tokens, request.finish_reason
+
+
+def leaves_nothing(model: ProductionModel) -> None:
+    cache = model.cache
+    assert cache.num_free_slots == cache.schema.num_slots
+    assert cache.allocator.num_free == cache.schema.num_pages - 1
+
+
+def test_greedy_tokens_are_those_of_the_reference() -> None:
+    model = reference(CONFIG, WEIGHTS)
+    for prompt in prompts(3, 60):
+        cache, ids, expected = model.new_cache(), torch.tensor(prompt), []
+        for _ in range(GREEDY.max_tokens):
+            expected.append(int(model.forward(ids, cache)[-1].argmax()))
+            ids = torch.tensor(expected[-1:])
+        assert alone(prompt, GREEDY) == (expected, "length")
+
+
+def test_sampled_tokens_are_those_of_the_reference() -> None:
+    params = SamplingParams(temperature=1.3, top_p=0.9, top_k=40, seed=(1 << 64) - 7, max_tokens=5)
+    model, prompt = reference(CONFIG, WEIGHTS), prompts(1, 30)[0]
+    cache, ids, expected = model.new_cache(), torch.tensor(prompt), []
+    for i in range(params.max_tokens):
+        rng = TokenRng.for_request(params).at(len(prompt) + i)
+        expected.append(sample(model.forward(ids, cache)[-1], params, rng))
+        ids = torch.tensor(expected[-1:])
+    assert alone(prompt, params)[0] == expected
+
+
+def test_neighbours_change_nothing() -> None:
+    params = [
+        GREEDY, SamplingParams(seed=5, max_tokens=9), SamplingParams(temperature=0, max_tokens=1),
+        SamplingParams(temperature=2.0, min_p=0.1, seed=1, max_tokens=4),
+    ]  # fmt: skip
+    work = [(p, params[i % 4]) for i, p in enumerate(prompts(9))]
+    engine = Engine(production(CONFIG, WEIGHTS, limits=limits()))
+    requests = [engine.add(prompt, params) for prompt, params in work]
+    run(engine)
+    for request, (prompt, own) in zip(requests, work, strict=True):
+        assert (request.tokens, request.finish_reason) == alone(prompt, own)
+    leaves_nothing(engine.model)
+
+
+def test_requests_that_come_late_and_leave_early() -> None:
+    engine = Engine(production(CONFIG, WEIGHTS, limits=limits(max_requests=2)))
+    long = SamplingParams(temperature=0, max_tokens=40)
+    first, second = (engine.add(p, long) for p in prompts(2, 30))
+    for _ in range(8):
+        engine.step()
+    engine.cancel(first)
+    third = engine.add([1, 2, 3], GREEDY)
+    waiting = engine.add([4, 5], GREEDY)
+    engine.cancel(waiting)
+    run(engine)
+    assert first.finish_reason == waiting.finish_reason == "cancelled"
+    assert 0 < len(first.tokens) < 40
+    assert not waiting.tokens
+    assert (second.tokens, second.finish_reason) == alone(second.prompt, long)
+    assert (third.tokens, third.finish_reason) == alone([1, 2, 3], GREEDY)
+    engine.cancel(third)
+    assert third.finish_reason == "length"
+    leaves_nothing(engine.model)
+
+
+def test_too_few_pages_preempt_and_change_nothing() -> None:
+    """Four requests that grow to two pages each, and pages for five."""
+    params = SamplingParams(temperature=0, max_tokens=30)
+    few = limits(page_tokens=128, max_tokens=128)
+    model = production(CONFIG, WEIGHTS, limits=few)
+    assert model.cache.schema.num_pages - 1 == 5
+    work = [random_ids(CONFIG, 110 + i, seed=i).tolist() for i in range(4)]
+    engine = Engine(model)
+    preempted = []
+    preempt = model.cache.preempt
+    model.cache.preempt = lambda request: (preempted.append(request), preempt(request))[1]
+    requests = [engine.add(prompt, params) for prompt in work]
+    run(engine)
+    assert preempted
+    for request, prompt in zip(requests, work, strict=True):
+        assert request.tokens == alone(prompt, params)[0]
+    leaves_nothing(model)
+
+
+def test_a_stop_id_ends_the_answer_and_is_part_of_it() -> None:
+    prompt = prompts(1, 30)[0]
+    tokens, _ = alone(prompt, GREEDY)
+    stop = tokens[2]
+    expected = tokens[: tokens.index(stop) + 1], "stop"
+    assert alone(prompt, GREEDY, frozenset({stop})) == expected
+    own = SamplingParams(temperature=0, max_tokens=6, stop_token_ids=(stop,))
+    assert alone(prompt, own) == expected
+    on = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    assert alone(prompt, on, frozenset({stop})) == (tokens, "length")
+
+
+def test_kept_prefixes_save_work_and_change_nothing() -> None:
+    model = production(CONFIG, WEIGHTS, limits=limits(prefix_bytes=1 << 30, page_tokens=128))
+    engine, shared = Engine(model), random_ids(CONFIG, 256, seed=3).tolist()
+    work = [shared + tail for tail in ([1, 2], [1, 2], [9], [], [7] * 40)]
+    fed = []
+    for prompt in work:
+        request = engine.add(prompt, GREEDY)
+        before = len(fed)
+        prefill = engine.stepper.prefill
+        engine.stepper.prefill = lambda step, ids, last, p=prefill: (
+            fed.append(len(ids)),
+            p(step, ids, last),
+        )[1]  # noqa: E501
+        run(engine)
+        engine.stepper.prefill = prefill
+        assert request.tokens == alone(prompt, GREEDY)[0]
+        assert sum(fed[before:]) == len(prompt) or before
+    assert sum(fed) < sum(map(len, work)) - 3 * 128
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [([], RequestError), ([96], RequestError), ([-1], RequestError), ([True], RequestError),
+     ([1] * 512, RequestError), (["a"], RequestError)],
+)  # fmt: skip
+def test_bad_prompts_are_refused(prompt: list, error: type) -> None:
+    engine = Engine(production(CONFIG, WEIGHTS, limits=limits()))
+    with pytest.raises(error, match="prompt"):
+        engine.add(prompt, GREEDY)
+    assert not engine.has_work
+
+
+def test_a_prompt_beyond_all_pages_is_refused() -> None:
+    few = limits(page_tokens=128, max_tokens=128, max_requests=1)
+    engine = Engine(production(CONFIG, WEIGHTS, limits=few))
+    with pytest.raises(CapacityError, match="cache tokens: needed 257, free 256"):
+        engine.add([1] * 256, GREEDY)
+    request: EngineRequest = engine.add([1] * 250, SamplingParams(temperature=0, max_tokens=100))
+    run(engine)
+    assert (len(request.tokens), request.finish_reason) == (6, "length")
