@@ -173,7 +173,7 @@ class Engine:
                 if not self._try_restore(request):
                     return
             else:
-                request.cached = cache.admit(request.prompt[:-1])
+                request.cached = cache.admit(request.prompt)
             self._waiting.popleft()
             self._running.append(request)
             slot = _cached(request).slot

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-from support.oracle_ops import use_oracles
-from support.production import production, random_ids, random_weights, reference, served_config
+from torch import Tensor
 
+from dsv4.cache.request import Step
 from dsv4.core.errors import CapacityError, RequestError
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.request import EngineRequest
+from dsv4.engine.stepper import Pending
+from dsv4.layers import moe
 from dsv4.reference.sampler import TokenRng, sample
+from support.oracle_ops import use_oracles
+from support.production import production, random_ids, random_weights, reference, served_config
 
 CONFIG = served_config(num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=1)
 WEIGHTS = random_weights(CONFIG)
@@ -23,9 +27,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6)
 
 
 @pytest.fixture(autouse=True)
-def oracles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def oracles(monkeypatch: pytest.MonkeyPatch) -> None:
     use_oracles(monkeypatch)
-    yield
 
 
 def limits(**fields: int) -> EngineLimits:
@@ -153,20 +156,41 @@ def test_kept_prefixes_save_work_and_change_nothing() -> None:
     model = production(CONFIG, WEIGHTS, limits=limits(prefix_bytes=1 << 30, page_tokens=128))
     engine, shared = Engine(model), random_ids(CONFIG, 256, seed=3).tolist()
     work = [shared + tail for tail in ([1, 2], [1, 2], [9], [], [7] * 40)]
-    fed = []
+    fed: list[int] = []
+    prefill = engine.stepper.prefill
+
+    def counting(step: Step, ids: Sequence[int], last: Sequence[int]) -> Pending:
+        fed.append(len(ids))
+        return prefill(step, ids, last)
+
+    engine.stepper.prefill = counting  # type: ignore[method-assign]
     for prompt in work:
         request = engine.add(prompt, GREEDY)
-        before = len(fed)
-        prefill = engine.stepper.prefill
-        engine.stepper.prefill = lambda step, ids, last, p=prefill: (
-            fed.append(len(ids)),
-            p(step, ids, last),
-        )[1]  # noqa: E501
         run(engine)
-        engine.stepper.prefill = prefill
         assert request.tokens == alone(prompt, GREEDY)[0]
-        assert sum(fed[before:]) == len(prompt) or before
-    assert sum(fed) < sum(map(len, work)) - 3 * 128
+    assert sum(fed) == 258 + 2 + 1 + 256 + 40  # of 256 tokens, 128 could have been kept
+
+
+def test_padding_rows_reach_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    oracle = moe.moe_routed
+
+    def watching(x: Tensor, ids: Tensor, *rest: object) -> Tensor:
+        seen.append(ids.clone())
+        return oracle(x, ids, *rest)
+
+    monkeypatch.setattr(moe, "moe_routed", watching)
+    engine = Engine(production(CONFIG, WEIGHTS, limits=limits()))
+    for prompt in prompts(3, 5):
+        engine.add(prompt, GREEDY)
+    run(engine)
+    decode = [ids for ids in seen if len(ids) == 4]
+    assert decode
+    for ids in decode:  # hash layers and score layers alike
+        live = (ids >= 0).all(dim=1)
+        assert torch.equal(live, (ids >= 0).any(dim=1))
+        assert live.tolist() == sorted(live.tolist(), reverse=True)
+    assert any(int((ids[:, 0] >= 0).sum()) == 3 for ids in decode)
 
 
 @pytest.mark.parametrize(
