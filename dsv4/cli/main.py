@@ -35,6 +35,7 @@ VERBS = {
     "doctor": "will this machine run it",
     "dump": "write named activations to a file",
     "diff": "the first activation in which two dumps differ",
+    "bench": "how long a step takes on a GPU, and how far that is from the limit",
     "convert": "write a checkpoint as BF16, or a slice of it",
 }
 EPILOG = """\

@@ -227,10 +227,10 @@ def set_threads(threads: int | None) -> None:
 def context_limit(args: Namespace, config: ModelConfig) -> int:
     """Tokens of prompt and answer together. Raises RequestError for an impossible --max-context."""
     limit = config.max_position_embeddings
-    if args.tier == 2:
+    if args.max_context is None and args.tier == 2:
         from dsv4.engine.model import EngineLimits
 
-        return EngineLimits(args.max_context).context(config)
+        return EngineLimits().context(config)
     if args.max_context is None:
         return limit
     if not 1 <= args.max_context <= limit:

@@ -140,7 +140,7 @@ def measure(case: Case, peak_gbps: float, peak_tflops: float) -> list[Row]:
     is_latency = case.nbytes / peak_gbps / 1e3 < LATENCY_US
     about = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": version("triton"), "commit": _commit(), "date": date.today().isoformat(),
+        "triton": version("triton"), "commit": commit(), "date": date.today().isoformat(),
     }  # fmt: skip
     rows = []
     for l2, us in times.items():
@@ -206,7 +206,8 @@ def _line(row: Row) -> str:
     return f"{row.op:24} {shape:34} {row.l2} {row.us:9.2f} us {rate} {roof}{base}"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the working folder, short, or "unknown"."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

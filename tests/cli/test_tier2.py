@@ -1,0 +1,55 @@
+"""The flags of tier 2, and its gate: the bundled model through the kernels."""
+
+import pytest
+
+import dsv4.kernels.common.launch as launch
+from dsv4.cli.main import HARDWARE, OK, USAGE
+
+PARIS = ["generate", "nano", "--tier", "2", "-p", "The capital of France is"]
+
+
+def test_paris_through_the_kernels(dsv4):
+    """On a CPU under Triton's interpreter: a prompt of six tokens, and the next."""
+    code, out, err = dsv4(*PARIS, "-n", "1", "--expect", "Paris", "--max-context", "256")
+    assert code == OK, err
+    assert "PASS" in out
+    assert "tier 2 bfloat16" in err
+
+
+def test_no_gpu_and_no_interpreter(dsv4, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    code, out, err = dsv4(*PARIS)
+    assert (code, out) == (HARDWARE, "")
+    assert "--device cuda" in err
+    assert "TRITON_INTERPRET=1" in err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--simulate-kv-quant", "on"], ["--keep-packed"], ["--dtype", "float64"]], ids=str
+)
+def test_flags_of_tier_1_are_refused(dsv4, flags):
+    code, out, err = dsv4(*PARIS, *flags)
+    assert (code, out) == (USAGE, "")
+    assert flags[0] in err
+    assert "--tier 1" in err
+
+
+@pytest.mark.parametrize("context", ["0", "1048577"])
+def test_a_context_that_cannot_be(dsv4, context):
+    code, _, err = dsv4(*PARIS, "--max-context", context)
+    assert code == USAGE
+    assert "--max-context" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["bench", "decode", "flash", "--device", "cpu"], HARDWARE),
+        (["bench", "decode", "flash", "--batch", "0"], USAGE),
+        (["bench", "decode"], USAGE),
+        (["bench", "load", "flash"], USAGE),
+    ],
+    ids=str,
+)
+def test_benches_that_cannot_be(dsv4, argv, code):
+    assert dsv4(*argv)[0] == code

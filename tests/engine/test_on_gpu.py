@@ -1,0 +1,86 @@
+"""Tier 2 on the device: nano's gate, graphs equal to eager steps, neighbours without effect."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import dsv4.nano
+from dsv4.core.sampling import SamplingParams
+from dsv4.engine.engine import Engine
+from dsv4.engine.model import EngineLimits, ProductionModel
+from dsv4.engine.single import SingleSequence
+from dsv4.engine.stepper import Stepper
+from dsv4.loader import Checkpoint
+from dsv4.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.gpu
+LIMITS = EngineLimits(max_context=2048, max_requests=8, max_rows=512)
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+def model(limits: EngineLimits = LIMITS) -> ProductionModel:
+    checkpoint = Checkpoint.open(dsv4.nano.path())
+    stored = checkpoint.stream(keep=lambda name: not name.startswith("mtp."))
+    return ProductionModel(checkpoint.config, stored, "cuda", limits)
+
+
+def answers(engine: Engine, work: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
+    requests = [engine.add(prompt, params) for prompt, params in work]
+    while engine.has_work:
+        engine.step()
+    return [r.tokens for r in requests]
+
+
+def some_work() -> list[tuple[list[int], SamplingParams]]:
+    rng = random.Random(0)
+    params = [GREEDY, SamplingParams(temperature=1.2, top_p=0.9, seed=3, max_tokens=16)]
+    sizes = [1, 3, 70, 130, 257, 400, 5, 64, 900, 2]
+    return [([rng.randrange(4096) for _ in range(n)], params[n % 2]) for n in sizes]
+
+
+def test_paris() -> None:
+    tokenizer = Tokenizer.open(dsv4.nano.path())
+    ids = [tokenizer.bos_id, *tokenizer.encode("The capital of France is")]
+    (tokens,) = answers(Engine(model()), [(ids, GREEDY)])
+    assert "Paris" in tokenizer.decode(tokens)
+
+
+def test_graphs_equal_eager_steps() -> None:
+    work = some_work()
+    graphs = answers(Engine(model()), work)
+    eager = model()
+    assert graphs == answers(Engine(eager, Stepper(eager, use_graphs=False)), work)
+
+
+def test_alone_or_among_others() -> None:
+    work = some_work()
+    together = answers(Engine(model()), work)
+    engine = Engine(model())
+    assert together == [answers(engine, [one])[0] for one in work]
+
+
+def test_logits_of_a_row_do_not_depend_on_its_chunk() -> None:
+    one = SingleSequence(model())
+    ids = torch.randint(0, 4096, (300,), device="cuda", generator=torch.Generator("cuda"))
+    whole = one.forward(ids, one.new_cache())
+    for chunks in ([200, 100], [256, 44], [130, 85, 85]):
+        cache = one.new_cache()
+        parts = torch.cat([one.forward(part, cache) for part in ids.split(chunks)])
+        assert torch.equal(whole, parts), chunks
+
+
+def test_nothing_is_allocated_or_leaked_by_many_requests() -> None:
+    engine = Engine(model())
+    work = some_work()
+    answers(engine, work)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        answers(engine, work)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    cache = engine.model.cache
+    assert cache.allocator.num_free == cache.schema.num_pages - 1
