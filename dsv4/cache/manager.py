@@ -93,7 +93,7 @@ class CacheManager:
         if entry is not None:
             self.allocator.retain(entry.pages)
             request.length, request.pages = entry.length, [*entry.pages]
-            request.chain = entry.length, entry.digest
+            request.chain, request.oldest = (entry.length, entry.digest), entry.length
         return self._register(request)
 
     def keep_prefix(
@@ -218,21 +218,36 @@ class CacheManager:
             self._release_pages(spare)
             self._write_table(request)
 
-    def fork(self, request: CachedRequest) -> CachedRequest:
+    def fork(self, request: CachedRequest, again: bool = False) -> CachedRequest:
         """A second request with the same past: shares its pages, copies its state.
+
+        again  begin one token earlier: the child's first step computes the last token once more.
+               The last row of an MTP window was made with the parent's next token; so a child that
+               goes on with another one writes a row of its own. `request` must have computed a
+               token since it was admitted or forked: its slot goes back one token, no further.
 
         Raises CapacityError when no slot is free.
         """
         self._check_known(request, resident=True)
         self._check_ended(request)
+        length = request.length - bool(again)
+        if length < request.oldest:
+            raise RequestError(
+                "again", f"a request longer than the {request.oldest} tokens that it began with",
+                request.length, "fork it as it is, or admit the tokens anew",
+            )  # fmt: skip
         assert request.slot is not None
         with self._new_slot() as slot:
             self.storage.copy_slot(request.slot, slot)
-        self.allocator.retain(request.pages)
+        pages = request.pages[: self.schema.pages_for(length)]
+        self.allocator.retain(pages)
+        is_hashed = request.chain[0] <= length
         return self._register(
             CachedRequest(
-                self._next_number, request.length, slot, [*request.pages], chain=request.chain,
-                kept=request.kept,
+                self._next_number, length, slot, pages,
+                oldest=length if again else request.oldest,
+                chain=request.chain if is_hashed else (0, b""),
+                kept=request.kept if is_hashed else (),
             )
         )  # fmt: skip
 

@@ -45,6 +45,9 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._entries)
+
     def __getitem__(self, key: bytes) -> PrefixEntry:
         """The snapshot of this key."""
         return self._entries[key]

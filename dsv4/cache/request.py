@@ -24,6 +24,7 @@ class CachedRequest:
     pending   a step that was prepared and is neither committed nor aborted
     chain     tokens hashed so far for kept prefixes, and their digest
     kept      keys of the prefixes that it found or kept, shortest first
+    oldest    least length that its slot can go back to
     """
 
     number: int
@@ -34,6 +35,7 @@ class CachedRequest:
     pending: Step | None = field(default=None, repr=False)
     chain: tuple[int, bytes] = field(default=(0, b""), repr=False)
     kept: tuple[bytes, ...] = field(default=(), repr=False)
+    oldest: int = 0
 
     @property
     def is_resident(self) -> bool:

@@ -87,9 +87,9 @@ def test_fail_at_every_copy(owner: type, name: str, monkeypatch: pytest.MonkeyPa
     wrapped = classmethod(failing) if isinstance(done, classmethod) else failing
     monkeypatch.setattr(owner, name, wrapped)
     failed = 0
-    for seed in range(6, 9):
+    for seed in range(6, 10):
         for fails_at in range(1, 7):
-            calls, k, life = 0, fails_at, Life(small_manager(128), seed)
+            calls, k, life = 0, fails_at, Life(small_manager(256, num_pages=7), seed)
             for _ in range(60):
                 before = state_of(life.manager)
                 try:

@@ -7,12 +7,15 @@ under Triton's interpreter for as many shorter ones.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 
+from dsv4.cache.manager import CacheManager
+from dsv4.cache.request import CachedRequest, Step
 from dsv4.core.errors import CapacityError
 from dsv4.ops import cache as kernel_writes
 from dsv4.reference import cache_writes as oracle_writes
@@ -24,17 +27,46 @@ from support.cache_life import small_manager
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 HISTORIES = int(os.environ.get("DSV4_STRESS_HISTORIES", "100"))
-KERNEL_HISTORIES = int(os.environ.get("DSV4_STRESS_KERNEL_HISTORIES", "100"))
-CHUNK = 10
+KERNEL_HISTORIES = int(os.environ.get("DSV4_STRESS_KERNEL_HISTORIES", "48"))
+CHUNK, KERNEL_CHUNK = 25, 12
+SMALL = 8 if DEVICE == "cpu" else 2048  # most rows of a step through the kernels
+EVENTS = (
+    "fork", "preempt", "restore", "release", "keep", "prefix hit", "prefix dropped",
+    "copy on write", "fork again", "draft rejected", "abort",
+)  # fmt: skip
 
 
-def live(page_tokens: int, seed: int, writes, operations: int) -> History:
-    device = DEVICE if writes is kernel_writes else "cpu"
-    manager = small_manager(page_tokens, num_pages=2048 // page_tokens, device=device)
-    history = History(manager, seed, writes)
-    for _ in range(operations):
+def crowded(page_tokens: int, device: str = "cpu", **options: Any) -> CacheManager:
+    """Room for about three long requests and as many kept prefixes."""
+    num_pages = options.pop("num_pages", 1536 // page_tokens + 1)
+    return small_manager(
+        page_tokens, num_pages, num_slots=6, device=device, prefix_bytes=120_000, **options
+    )
+
+
+class KernelHistory(History):
+    """Through the kernels; under the interpreter, longer steps go through the oracles."""
+
+    def __init__(self, manager: CacheManager, seed: int, most: int) -> None:
+        super().__init__(manager, seed, kernel_writes)
+        self.most = most
+
+    def num_new_tokens(self, request: CachedRequest) -> int:
+        return self.rng.choice([0, 1, 1, 2, 3, 5, 8, 128 - request.length % 128])
+
+    def after_step(self, step: Step, accepted: list[int]) -> None:
+        is_small = len(step.rows.slot) <= self.most
+        self.writes = kernel_writes if is_small else oracle_writes
+        self.events["step through kernels"] += is_small
+        super().after_step(step, accepted)
+
+
+def live(history: History, operations: int) -> History:
+    for k in range(operations):
         history.one()
         history.manager.check()
+        if k % 16 == 15:
+            history.compare_all()
     history.compare_all()
     for r in [r for r in history.manager.requests if not r.is_resident]:
         with suppress(CapacityError):
@@ -43,52 +75,65 @@ def live(page_tokens: int, seed: int, writes, operations: int) -> History:
     return history
 
 
+def assert_all_happened(histories: list[History], names: tuple[str, ...] = EVENTS) -> None:
+    counts = sum((h.done + h.events for h in histories), Counter())
+    for name in names:
+        assert counts[name] > 0, f"{name} never happened: {counts}"
+
+
 @pytest.mark.parametrize("page_tokens", [128, 256])
 @pytest.mark.parametrize("first", range(0, HISTORIES // 2, CHUNK))
 def test_gathered_pages_equal_the_contiguous_cache(page_tokens: int, first: int) -> None:
-    done = [live(page_tokens, seed, oracle_writes, 40) for seed in range(first, first + CHUNK)]
-    assert sum(h.compared for h in done) > CHUNK
-    assert sum(h.done["fork"] for h in done) > 0
-    assert sum(h.done["restore"] for h in done) > 0
+    seeds = range(first, first + CHUNK)
+    done = [live(History(crowded(page_tokens), seed, oracle_writes), 40) for seed in seeds]
+    assert sum(h.compared for h in done) > 6 * CHUNK
+    assert_all_happened(done)
 
 
 def test_a_page_of_three_quanta() -> None:
-    done = [live(384, seed, oracle_writes, 40) for seed in range(6)]
-    assert sum(h.compared for h in done) > 6
+    seeds = range(CHUNK // 2)
+    done = [live(History(crowded(384), seed, oracle_writes), 40) for seed in seeds]
+    assert_all_happened(done)
 
 
 @pytest.mark.parametrize("page_tokens", [128, 256])
-@pytest.mark.parametrize("first", range(0, KERNEL_HISTORIES // 2, CHUNK))
+@pytest.mark.parametrize("first", range(0, KERNEL_HISTORIES // 2, KERNEL_CHUNK))
 def test_histories_through_the_kernels(page_tokens: int, first: int) -> None:
-    operations = 12 if DEVICE == "cpu" else 40
-    seeds = range(first, first + CHUNK)
-    done = [live(page_tokens, seed, kernel_writes, operations) for seed in seeds]
-    assert sum(h.compared for h in done) >= 1
+    done = []
+    for seed in range(first, first + KERNEL_CHUNK):
+        manager = crowded(page_tokens, device=DEVICE)
+        done.append(live(KernelHistory(manager, seed, SMALL), 40))
+    assert sum(h.compared for h in done) > 6 * KERNEL_CHUNK
+    assert sum(h.events["step through kernels"] for h in done) > 4 * KERNEL_CHUNK
+    assert_all_happened(done, ("prefix hit", "copy on write", "fork"))
+
+
+@pytest.mark.parametrize("page_tokens", [128, 256])
+def test_long_steps_through_the_kernels(page_tokens: int) -> None:
+    done = [live(History(crowded(page_tokens, device=DEVICE), seed, kernel_writes), 10)
+            for seed in range(2)]  # fmt: skip
+    assert sum(h.compared for h in done) > 1
 
 
 @pytest.mark.parametrize("writes", [oracle_writes, kernel_writes], ids=["oracle", "kernels"])
 def test_histories_with_mxfp4_index_keys(writes) -> None:
-    device = DEVICE if writes is kernel_writes else "cpu"
-    compared = 0
-    for seed in range(4):
-        history = History(small_manager(128, device=device, index_keys="mxfp4"), seed, writes)
-        for _ in range(18):
-            history.one()
-        history.compare_all()
-        compared += history.compared
-    assert compared >= 3
+    is_kernel, done = writes is kernel_writes, []
+    for seed in range(6):
+        manager = crowded(128, device=DEVICE if is_kernel else "cpu", index_keys="mxfp4")
+        done.append(live(KernelHistory(manager, seed, SMALL if is_kernel else 0), 40))
+    assert sum(h.compared for h in done) > 36
+    assert sum(h.events["prefix hit"] + h.events["copy on write"] for h in done) > 0
 
 
 @pytest.mark.parametrize("writes", [oracle_writes, kernel_writes], ids=["oracle", "kernels"])
 def test_absurd_page_numbers_where_none_is_used_change_nothing(writes) -> None:
-    ends = []
+    is_kernel, ends = writes is kernel_writes, []
     for poison in (False, True):
-        device = DEVICE if writes is kernel_writes else "cpu"
-        history = History(small_manager(128, device=device), 3, writes)
+        manager = crowded(128, device=DEVICE if is_kernel else "cpu")
+        history = KernelHistory(manager, 3, SMALL if is_kernel else 0)
         history.poison_table = poison
-        for _ in range(14):
-            history.one()
-        history.compare_all()
+        live(history, 14)
+        assert history.compared > 2
         storage = history.manager.storage
         ends.append([v.clone() for v in (*storage.slot_views(), *storage.page_views())])
     for plain, poisoned in zip(*ends, strict=True):

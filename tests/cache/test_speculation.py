@@ -1,4 +1,5 @@
-"""Draft tokens: rejected ones leave nothing behind. MTP windows: the token that follows counts."""
+"""Draft tokens: rejected ones leave nothing behind. MTP windows: the token that follows counts,
+for kept prefixes and for forks."""
 
 from __future__ import annotations
 
@@ -120,3 +121,85 @@ def test_the_mtp_row_of_another_next_token_would_be_seen() -> None:
     h.upcoming[a.number] = 4
     with pytest.raises(AssertionError, match="window"):
         h.compare_all()
+
+
+def fork(h: History, parent, again: bool):
+    child = h.manager.fork(parent, again=again)
+    own = h.tokens[parent.number]
+    h.tokens[child.number] = own[: child.length]
+    h.upcoming[child.number] = own[-1] if again else h.upcoming[parent.number]
+    return child
+
+
+@pytest.mark.parametrize("page_tokens", [128, 256])
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 127, 128, 129, 256, 257, 300])
+def test_a_fork_that_goes_on_otherwise_computes_its_last_token_again(
+    length: int, page_tokens: int
+) -> None:
+    """Every store is then that of a request which never was a fork, MTP windows included."""
+    h = History(small_manager(page_tokens), 0, oracle_writes)
+    m, shared = h.manager, [k * k % 7 for k in range(length)]
+    a = start(h, shared, 3)
+    b = fork(h, a, again=True)
+    assert (b.length, len(b.pages)) == (length - 1, m.schema.pages_for(length - 1))
+    h.compare_all()
+    feed(h, b, shared[-1:], 1, 5)  # 5 is sampled where the parent went on with 3
+    h.compare_all()
+    mtp = m.storage.layers[-1].window
+    assert not torch.equal(mtp[a.slot], mtp[b.slot])
+    for child, first in ((fork(h, b, again=True), 8), (fork(h, b, again=False), 5)):
+        tokens = [h.upcoming[child.number], first]
+        feed(h, child, tokens, 2, 1)
+        h.compare_all()
+        m.release(child)
+    for r, token in ((a, 3), (b, 5)):
+        feed(h, r, [token, 6], 2, 1)
+    h.compare_all()
+
+
+def test_a_plain_fork_has_the_next_token_of_its_parent() -> None:
+    h = History(small_manager(128), 0, oracle_writes)
+    a = start(h, [1] * 20, 3)
+    b = fork(h, a, again=False)
+    h.compare_all()
+    h.upcoming[b.number] = 4
+    with pytest.raises(AssertionError, match="window"):
+        h.compare_all()
+
+
+def test_a_slot_goes_back_one_token_and_not_behind_what_it_began_with() -> None:
+    h = History(small_manager(128), 0, oracle_writes)
+    m, shared = h.manager, [k % 7 for k in range(128)]
+    fresh = m.admit()
+    a = start(h, shared, 3)
+    m.keep_prefix(a, shared, 3)
+    hit = m.admit([*shared, 3])  # its HCA rows stayed behind
+    h.tokens[hit.number], h.upcoming[hit.number] = list(shared), 3
+    child = m.fork(a, again=True)
+    free = m.num_free_slots, m.allocator.num_free
+    for r, oldest in ((fresh, 0), (hit, 128), (child, 127)):
+        with pytest.raises(RequestError, match=f"again: expected .* than the {oldest} tokens"):
+            m.fork(r, again=True)
+    assert free == (m.num_free_slots, m.allocator.num_free)
+    m.release(fresh)
+    m.release(child)
+    feed(h, hit, [3], 1, 2)
+    b = fork(h, hit, again=True)
+    feed(h, b, [3], 1, 6)
+    h.compare_all()
+    m.check()
+
+
+def test_a_fork_that_computes_a_boundary_again_is_hashed_anew() -> None:
+    m = small_manager(128)
+    a = m.admit()
+    m.prepare([(a, 128)]).commit()
+    assert m.keep_prefix(a, [1] * 128, 3)
+    b, c = m.fork(a, again=True), m.fork(a)
+    m.prepare([(b, 1)]).commit()
+    own = [1] * 127 + [9]  # whatever it was given: prefixes are found by content
+    assert m.keep_prefix(b, own, 3)
+    assert not m.keep_prefix(c, [None] * 128, 3)  # type: ignore[list-item]
+    m.release(c)
+    assert m.admit([*own, 3]).length == 128
+    m.check()

@@ -7,6 +7,7 @@ coarse grid: all FP32 arithmetic is exact, and every comparison is bitwise.
 
 from __future__ import annotations
 
+import random
 import zlib
 from functools import cache
 from itertools import pairwise
@@ -26,9 +27,17 @@ from dsv4.reference.compressor import CompressorState, compress
 from dsv4.reference.kv_records import index_record_pack_fp8, index_record_pack_mxfp4, kv_record_pack
 from dsv4.reference.norm import rms_norm
 from dsv4.reference.rope import apply_rope, layer_frequencies, rope_cos_sin
-from support.cache_life import Life
+from support.cache_life import LONG, Life
 
 VOCAB, TURNS, EPS, DTYPE = 9, 5, 1e-6, torch.bfloat16
+
+
+@cache
+def texts() -> tuple[list[int], ...]:
+    """Texts of random tokens: two with 256 tokens in common, a third with 128 of these."""
+    rng = random.Random(0)
+    a, b, c, d = ([rng.randrange(VOCAB) for _ in range(LONG)] for _ in range(4))
+    return a, a[:256] + b[256:], a[:128] + c[128:], d
 
 
 @cache
@@ -72,7 +81,7 @@ class History(Life):
 
     def __init__(self, manager: CacheManager, seed: int, writes: ModuleType) -> None:
         super().__init__(manager, seed)
-        self.writes, self.compared = writes, 0
+        self.writes, self.compared, self.texts = writes, 0, list(texts())
         self.poison_table, self.device = False, manager.page_table.device
         for view in (*manager.storage.slot_views(), *manager.storage.page_views()):
             view.fill_(0xFF)  # what nobody wrote must not matter
@@ -183,7 +192,8 @@ class History(Life):
         assert n == r.length
         views = self.manager.storage.layers[layer.layer]
         record, W = KvRecord.of(c), c.sliding_window
-        position = torch.arange(max(n - W, 0), n)
+        # A fork that computes its last token again has that one's row in place of the oldest.
+        position = torch.arange(max(n - W + (n == r.oldest), 0), n)
         slot = torch.full_like(position, r.slot)
         got = cache_writes.gather_records(
             views.window.cpu(), slot, position % W, W, record.data_bytes, record.scale_bytes
