@@ -58,6 +58,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
     if not tensors:
         raise RequestError("taps", "globs that match a tap", args.taps, "docs/taps.md lists them")
     quant = "cache" if args.simulate_kv_quant == "on" else ""
+    quant = "production" if args.tier == 2 else quant
     info = DumpInfo(args.tier, args.dtype, name, config_hash(config), tuple(ids), quant)
     write_dump(args.out, tensors, info)
     size = sum(t.numel() * t.element_size() for t in tensors.values())

@@ -3,7 +3,9 @@
 import pytest
 
 import dsv4.kernels.common.launch as launch
-from dsv4.cli.main import HARDWARE, OK, USAGE
+from dsv4.cli.main import FAILED, HARDWARE, OK, USAGE
+from dsv4.layers.moe import SharedExpert
+from support.oracle_ops import use_oracles
 
 PARIS = ["generate", "nano", "--tier", "2", "-p", "The capital of France is"]
 
@@ -53,3 +55,41 @@ def test_a_context_that_cannot_be(dsv4, context):
 )
 def test_benches_that_cannot_be(dsv4, argv, code):
     assert dsv4(*argv)[0] == code
+
+
+def test_tiers_are_compared(dsv4, monkeypatch):
+    use_oracles(monkeypatch)
+    code, out, err = dsv4("diff", "nano", "--tiers", "1,2", "-p", "The capital of France is")
+    assert code == OK, out + err
+    assert "46 taps compared at bfloat16 limits: all within limits" in out
+
+
+def test_the_first_sub_block_that_is_broken_is_named(dsv4, monkeypatch):
+    use_oracles(monkeypatch)
+    monkeypatch.setattr(SharedExpert, "__call__", lambda self, x: 0 * x)
+    code, out, _ = dsv4("diff", "nano", "--tiers", "1,2", "-p", "The capital of France is")
+    assert code == FAILED
+    assert "diverged, first layers.0.ffn.out" in out
+
+
+def test_more_than_one_token(dsv4, monkeypatch):
+    use_oracles(monkeypatch)
+    words = ["-p", "The capital of Japan is", "-n", "5"]
+    one, two = (dsv4("generate", "nano", "--tier", tier, *words)[1] for tier in ("1", "2"))
+    assert one == two
+    assert "Tokyo" in two
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["diff", "nano", "--tiers", "1,2"],
+        ["diff", "nano", "--tiers", "1,1", "-p", "x"],
+        ["diff", "nano", "b", "--tiers", "1,2", "-p", "x"],
+        ["diff", "a"],
+        ["diff", "a", "b", "-p", "x"],
+    ],
+    ids=str,
+)
+def test_comparisons_that_cannot_be(dsv4, argv):
+    assert dsv4(*argv)[0] == USAGE
