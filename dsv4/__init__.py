@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dsv4.core.errors import ConfigError as ConfigError
     from dsv4.core.errors import RequestError as RequestError
     from dsv4.core.sampling import SamplingParams as SamplingParams
+    from dsv4.llm import LLM as LLM
     from dsv4.loader import Checkpoint as Checkpoint
     from dsv4.reference.model import ReferenceModel as ReferenceModel
 
@@ -28,6 +29,7 @@ _HOME = {
     "RequestError": "dsv4.core.errors",
     "SamplingParams": "dsv4.core.sampling",
     "Checkpoint": "dsv4.loader",
+    "LLM": "dsv4.llm",
     "ReferenceModel": "dsv4.reference.model",
 }
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

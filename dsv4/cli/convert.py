@@ -6,10 +6,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from dsv4.cli.model import generation_config, model_folder
+from dsv4.cli.model import model_folder
 from dsv4.cli.terminal import Terminal, count
 from dsv4.core.errors import RequestError
 from dsv4.core.safe_files import has_file, open_folder, read_small_file
+from dsv4.text.generation import generation_config
 from dsv4.text.tokenizer import MAX_FILE_BYTES
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json")

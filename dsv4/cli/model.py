@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dsv4.cli.terminal import Terminal
 from dsv4.core import env
 from dsv4.core.errors import CheckpointError, DeviceUnavailable, RequestError, printable
-from dsv4.core.safe_files import has_file, open_folder, read_json
+from dsv4.core.safe_files import open_folder, read_json
+from dsv4.text.generation import stop_ids
 from dsv4.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -135,18 +136,6 @@ def model_config(name: str, terminal: Terminal | None = None) -> ModelConfig:
     return parsed.config
 
 
-def generation_config(folder: Path) -> dict[str, Any] | None:
-    """generation_config.json of a checkpoint folder, None without one. Raises CheckpointError."""
-    real, name = open_folder(folder), "generation_config.json"
-    if not has_file(real, name):
-        return None
-    raw = read_json(real, name, MAX_JSON_BYTES)
-    if not isinstance(raw, dict):
-        detail = f"expected an object, got {printable(raw, 60)}"
-        raise CheckpointError("json", name, detail=detail, fix="correct or delete the file")
-    return raw
-
-
 def config_hash(config: ModelConfig) -> str:
     """16 hex digits that two equal configs share."""
     from dsv4.core.config_dialects import to_official
@@ -167,19 +156,6 @@ def open_tokenizer(name: str, config: ModelConfig) -> Tokenizer:
     if tokenizer.vocab_size > config.vocab_size:
         raise _foreign_tokenizer(f"at most {config.vocab_size} ids, got {tokenizer.vocab_size}")
     return tokenizer
-
-
-def stop_ids(folder: Path, config: ModelConfig) -> frozenset[int]:
-    """End of sentence, and the eos_token_id of generation_config.json: an id or a list."""
-    more: Any = (generation_config(folder) or {}).get("eos_token_id", [])
-    ids: list[Any] = more if isinstance(more, list) else [more]
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise CheckpointError(
-            "json", "generation_config.json",
-            detail=f"eos_token_id: expected ids, got {printable(more)}",
-            fix="correct eos_token_id, or delete the file",
-        )  # fmt: skip
-    return frozenset((config.eos_token_id, *ids))
 
 
 def load_model(args: Namespace, terminal: Terminal) -> Loaded:
