@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dsv4.cache.allocator import PageAllocator
 from dsv4.cache.canary import CacheCorruptionError
 from dsv4.cache.manager import CacheManager
 from dsv4.cache.schema import CacheSchema
-from dsv4.cache.snapshot import SlotCopy
+from dsv4.cache.snapshot import PAGES_AT_ONCE, SlotCopy
 from dsv4.cache.storage import CacheStorage
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import CapacityError, RequestError
@@ -493,13 +494,55 @@ def test_the_canary_sees_planted_faults(fault: str) -> None:
         m.canary.check(a.slot, a.pages, [1] * 140)
 
 
-def test_freed_pages_are_poisoned() -> None:
+@pytest.mark.parametrize("end", ["release", "preempt", "release in a step"])
+def test_freed_pages_and_slots_are_poisoned(end: str) -> None:
     m = small_manager(canary=True)
-    a = m.admit()
-    grow(m, a, 10)
-    page = a.pages[0]
-    m.release(a)
+    a, b = m.admit(), m.admit()
+    for r in (a, b):
+        grow(m, r, 10)
+        random_bytes(m, r, 0)
+    slot, page, others = a.slot, a.pages[0], bytes_of(m, b)
+    step = m.prepare([(a, 1)]) if end == "release in a step" else None
+    m.preempt(a) if end == "preempt" else m.release(a)
+    if step is not None:
+        step.commit()
     assert all((view[page] == 0xFF).all() for view in m.storage.page_views())
+    assert all((view[slot] == 0xFF).all() for view in m.storage.slot_views())
+    assert all(torch.equal(x, y) for x, y in zip(bytes_of(m, b), others, strict=True))
+
+
+def test_a_reset_slot_has_no_tags() -> None:
+    storage = small_manager(canary=True).storage
+    assert storage.ring_tags is not None
+    storage.ring_tags.fill_(5)
+    storage.reset_slot(1)
+    assert (storage.ring_tags == torch.tensor([[5], [-1], [5], [5]])).all()
+
+
+@pytest.mark.parametrize("num_pages", [1, 31, 32, 33, 64, 65])
+def test_many_pages_leave_and_return(num_pages: int) -> None:
+    """They are copied PAGES_AT_ONCE at a time: none, one or some are left for the last copy."""
+    assert PAGES_AT_ONCE == 32
+    schema = CacheSchema.of(
+        replace(small_config(), max_position_embeddings=1 << 14), num_pages=num_pages + 3,
+        num_slots=2, page_tokens=128,
+    )  # fmt: skip
+    m = CacheManager(CacheStorage(schema))
+    r = m.admit()
+    for _ in range(num_pages):
+        grow(m, r, 127)
+    random_bytes(m, r, num_pages)
+    want = bytes_of(m, r)
+    m.preempt(r)
+    other = m.admit()
+    grow(m, other, 200)  # the pages that come back are others, in another order
+    m.storage.pages.fill_(3)
+    m.restore(r)
+    assert len(r.pages) == num_pages
+    assert all(torch.equal(x, y) for x, y in zip(bytes_of(m, r), want, strict=True))
+    rest = sorted(set(range(schema.num_pages)) - set(r.pages))
+    assert all((view[rest] == 3).all() for view in m.storage.page_views())
+    m.check()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4.cache.step import StepBuffers
+from dsv4.cache import step
+from dsv4.cache.step import STAGES, StepBuffers
 from dsv4.core.errors import CapacityError, RequestError
 from support.cache_life import Life, small_manager
 
@@ -41,6 +42,48 @@ def test_nothing_and_padding_alone() -> None:
     buffers = StepBuffers(1, 1, 8, "cpu")
     assert len(buffers.fill([]).slot) == 0
     assert buffers.fill([], 3).slot.tolist() == [-1] * 3
+
+
+class FakeEvent:
+    """A copy that is under way until somebody waits for it; a log of what was asked of it."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name, self.is_done = log, name, True
+
+    def query(self) -> bool:
+        return self.is_done
+
+    def synchronize(self) -> None:
+        self.log.append(f"waited for {self.name}")
+        self.is_done = True
+
+    def record(self, stream: object) -> None:
+        self.log.append(f"started {self.name}")
+        self.is_done = False
+
+
+def test_host_memory_changes_only_when_its_copy_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each stage is copied asynchronously; its event is what guards it."""
+    buffers, log = StepBuffers(2, 1, 8, "cpu"), []
+    assert STAGES == len(buffers._stages) == 2
+    for name, stage in zip("ab", buffers._stages, strict=True):
+        stage._copied = FakeEvent(log, name)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    write = step._write_columns
+    monkeypatch.setattr(step, "_write_columns", lambda *args: (log.append("wrote"), write(*args)))
+    for position in range(4):
+        buffers.fill([(0, position, 1)])
+    assert log == [
+        "wrote", "started a", "wrote", "started b", "waited for a", "wrote", "started a",
+        "waited for b", "wrote", "started b",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="invalid literal"):
+        buffers.fill([(0, "x", 1)])  # type: ignore[list-item]
+    assert log[-3:] == [
+        "waited for a",
+        "wrote",
+        "started a",
+    ]  # what was begun is waited for all the same
 
 
 def test_the_page_table_follows_at_the_next_step() -> None:

@@ -326,6 +326,18 @@ def test_index_keys_do_not_depend_on_chunking(sizes: tuple[int, ...]) -> None:
     assert_bits_equal("state", cut[1], whole[1])
 
 
+@pytest.mark.parametrize("keys", ["fp8", "mxfp4"])
+def test_index_keys_on_the_null_page_or_past_the_table_are_not_written(keys: Any) -> None:
+    case = compressor_case(4, 128, 300, is_exact=True, keys=keys, is_rotated=True)
+    case.page_table[0, 0] = 0  # page 1 of the request is real, the third does not exist
+    case = CompressorCase(**vars(case) | {"page_table": case.page_table[:, :2].contiguous()})
+    real = int(case.page_table[0, 1])
+    for impl, device in ((ops, DEVICE), (oracle, "cpu")):
+        pages, _ = run(impl, case.fresh(device), [[(0, 0, 300)]])
+        assert (pages != 0xFF).any(dim=1).nonzero().flatten().tolist() == [real]
+    assert_same(case, [[(0, 0, 300)]])
+
+
 # State, reads
 
 
