@@ -73,8 +73,9 @@ def kv_norm_rope_quant_insert(
     norm    [C] weight of the RMSNorm
     window  [slots, stride] uint8, changed: a page of `rows` records for each slot
     slot    [T] int64, -1 for padding, which writes nothing
-    end_position  [T] int64 length of the request after the step: of a longer chunk than the ring
-                  only the last `rows` tokens are written
+    end_position  [T] int64 length of the request after the step, without draft tokens that were
+                  rejected: rows at or beyond it are not written, and of a longer chunk than the
+                  ring only the last `rows` tokens before it
     ->      [T, C] in kv's dtype: every row as its record reads back, for the attention of the step
     """
     x = apply_rope(rms_norm(kv, norm, eps), *_angles(cos, sin, position, kv.dtype))
@@ -87,7 +88,10 @@ def q_kv_norm_rope_insert(
     q: Tensor, kv: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, window: Tensor, slot: Tensor,
     position: Tensor, end_position: Tensor, rows: int, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`q_norm_rope` and `kv_norm_rope_quant_insert` -> q [T, H, C], kv [T, C]"""
+    """`q_norm_rope` and `kv_norm_rope_quant_insert` -> q [T, H, C], kv [T, C]
+
+    Both results hold every row, those that the ring does not take too.
+    """
     rest = norm, cos, sin, window, slot, position, end_position, rows, eps
     return q_norm_rope(q, cos, sin, position, eps), kv_norm_rope_quant_insert(kv, *rest)
 

@@ -218,6 +218,23 @@ def test_kv_of_a_chunk_longer_than_the_ring(is_reversed: bool) -> None:
     assert_same("kv_norm_rope_quant_insert", args)
 
 
+@pytest.mark.parametrize("name", ["kv_norm_rope_quant_insert", "q_kv_norm_rope_insert"])
+def test_kv_of_rejected_drafts_is_not_written(name: str) -> None:
+    """Rows from end_position on, also in a chunk longer than the ring and with none accepted."""
+    spans: list[Span] = [(0, 3, 6), (1, 5, 37), (2, 0, 4), (3, 20, 2)]
+    accepted = {0: 5, 1: 30, 2: 0}
+    args = kv_args(spans, is_exact=True, accepted=accepted)
+    q = {"q": vectors(len(args["kv"]), 3, 512, is_exact=True)} if name.startswith("q_") else {}
+    *_, got = assert_same(name, q | args)
+    assert got.isfinite().all()  # a draft's row is attended to, written or not
+    window = args["window"].clone().to(DEVICE)
+    ops.kv_norm_rope_quant_insert(**on_device(args) | {"window": window})
+    written = (window[:, : 16 * 576].unflatten(1, (16, 576)) != 0xFF).any(dim=2).cpu()
+    for slot, first, end in ((0, 3, 5), (1, 14, 30), (2, 0, 0), (3, 20, 22)):
+        want = {p % 16 for p in range(first, end)}
+        assert set(written[slot].nonzero().flatten().tolist()) == want
+
+
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_kv_does_not_depend_on_chunking(size: int) -> None:
     whole = on_device(kv_args([(0, 0, 20)], head_dim=128))

@@ -61,7 +61,8 @@ def kv_row(
     tl.store(out_ptr + t * C + r, cast(tail, BF16), r < C)
 
     # A chunk longer than the ring writes its last rows alone: one writer for each row.
-    if (slot >= 0) & (position >= end - ROWS):
+    # Rows from the end on are drafts that were rejected.
+    if (slot >= 0) & (position < end) & (position >= end - ROWS):
         row = position % ROWS
         data_ptr = window_ptr + slot * stride + row * DATA
         tl.store(data_ptr + c, code, c < NOPE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,15 @@ def head_args(
 def kv_args(
     spans: Sequence[Span], padding: int = 0, num_slots: int = 4, head_dim: int = 512,
     rope_dim: int = 64, rows: int = 16, dtype: torch.dtype = BF16, is_exact: bool = False,
-    device: str = "cpu", seed: int = 0,
+    device: str = "cpu", seed: int = 0, accepted: Mapping[int, int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of kv_norm_rope_quant_insert for one step; padding rows hold NaN."""
+    """Arguments of kv_norm_rope_quant_insert for one step; padding rows hold NaN.
+
+    accepted  by slot, the length of a request whose last tokens are drafts that were rejected
+    """
     step = step_rows(spans, padding)
+    for slot, end in (accepted or {}).items():
+        step["end_position"][step["slot"] == slot] = end
     kv = vectors(len(step["slot"]), head_dim, dtype=dtype, is_exact=is_exact, seed=seed)
     kv[len(kv) - padding :] = torch.nan
     stride = KvRecord(head_dim, rope_dim).page_bytes(rows)
