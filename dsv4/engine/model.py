@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,7 @@ class ProductionModel:
 
     stored  (official stored name, tensor) of a whole checkpoint, each copied to the device
     form    how index keys are kept
-    unfused steps to run as their parts: "mhc_post_pre"
+    unfused steps to run as their parts, of dsv4.model.trunk.FUSED
 
     Raises ConfigError for formats without production kernels.
     """
@@ -74,7 +74,7 @@ class ProductionModel:
     def __init__(
         self, config: ModelConfig, stored: Iterable[tuple[str, Tensor]],
         device: torch.device | str = "cuda", limits: EngineLimits | None = None,
-        form: IndexerForm | None = None, unfused: Iterable[str] = (),
+        form: IndexerForm | None = None, unfused: Collection[str] = (),
     ) -> None:  # fmt: skip
         limits, form = limits or EngineLimits(), form or IndexerForm()
         self.config, self.device = config, torch.device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,12 +10,18 @@ from torch import Tensor
 from dsv4.cache.storage import LayerViews
 from dsv4.core.config import LayerKind, ModelConfig
 from dsv4.core.taps import tap
+from dsv4.kernels.common.linear_weights import join_rows
 from dsv4.layers.batch import Batch
 from dsv4.layers.compressor import Compressor
 from dsv4.layers.indexer import Indexer, IndexerForm
 from dsv4.layers.linear import Fp8Linear
 from dsv4.layers.weights import WeightView
-from dsv4.ops.attention import kv_step_pack, sparse_attn_decode, sparse_attn_prefill
+from dsv4.ops.attention import (
+    kv_step_pack,
+    latent_kv_norm_pack,
+    sparse_attn_decode,
+    sparse_attn_prefill,
+)
 from dsv4.ops.cache import kv_window_append
 from dsv4.ops.norm import inverse_rope, q_norm_rope, rms_norm
 
@@ -26,9 +33,8 @@ class Attention:
     config: ModelConfig
     kind: LayerKind
     name: str
-    wq_a: Fp8Linear
+    wq_a_wkv: Fp8Linear
     wq_b: Fp8Linear
-    wkv: Fp8Linear
     wo_a: Fp8Linear
     wo_b: Fp8Linear
     q_norm: Tensor
@@ -36,23 +42,26 @@ class Attention:
     sink: Tensor
     compressor: Compressor | None
     indexer: Indexer | None
+    is_fused: bool
 
     @classmethod
     def of(
-        cls, config: ModelConfig, kind: LayerKind, w: WeightView, form: IndexerForm, name: str
-    ) -> Attention:
+        cls, config: ModelConfig, kind: LayerKind, w: WeightView, form: IndexerForm, name: str,
+        unfused: Collection[str] = (),
+    ) -> Attention:  # fmt: skip
         """The attention whose weights are `w`; `name` ("layers.3.attn") is the prefix of taps."""
         compressor = indexer = None
         if kind is not LayerKind.SWA:
             compressor = Compressor.of(w.at("compressor"), kind, config.rms_norm_eps)
         if kind is LayerKind.CSA:
             indexer = Indexer.of(config, w.at("indexer"), form, f"{name}.indexer")
-        wq_a, wq_b, wkv, wo_b = (Fp8Linear.of(w.fp8(m)) for m in ("wq_a", "wq_b", "wkv", "wo_b"))
+        joined = Fp8Linear.of(join_rows([w.fp8("wq_a"), w.fp8("wkv")]))
+        wq_b, wo_b = (Fp8Linear.of(w.fp8(name)) for name in ("wq_b", "wo_b"))
         wo_a = Fp8Linear.of(w.fp8("wo_a"), config.o_groups)
         norms = w["q_norm.weight"], w["kv_norm.weight"]
         return cls(
-            config, kind, name, wq_a, wq_b, wkv, wo_a, wo_b, *norms, w["attn_sink"], compressor,
-            indexer,
+            config, kind, name, joined, wq_b, wo_a, wo_b, *norms, w["attn_sink"], compressor,
+            indexer, "latent_kv_norm_pack" not in unfused,
         )  # fmt: skip
 
     def __call__(self, x: Tensor, batch: Batch, cache: LayerViews) -> Tensor:
@@ -61,15 +70,12 @@ class Attention:
         Order: entries and keys first, because a token may see the entry it completes; the rings
         last, because attention still reads the rows that they overwrite.
         """
-        c, eps = self.config, self.config.rms_norm_eps
-        rope, rows = batch.ropes[self.kind], batch.rows
-        latent = rms_norm(self.wq_a(x), self.q_norm, eps)
+        c, rope, rows = self.config, batch.ropes[self.kind], batch.rows
+        latent, kv, page = self._project(x, batch)
         q = self.wq_b(latent).unflatten(1, (c.num_attention_heads, -1))
-        q = q_norm_rope(q, rope.cos, rope.sin, rows.position, eps)
-        kv = rms_norm(self.wkv(x), self.kv_norm, eps)
-        inverse_rope(kv[:, None], rope.cos, rope.minus_sin, rows.position)
+        q = q_norm_rope(q, rope.cos, rope.sin, rows.position, c.rms_norm_eps)
         tap(f"{self.name}.q", q)
-        o = self._attend(x, latent, q, kv, batch, cache)
+        o = self._attend(x, latent, q, page, batch, cache)
         kv_window_append(
             kv, cache.window, rows.slot, rows.position, rows.end_position, c.sliding_window,
             c.qk_rope_head_dim,
@@ -78,8 +84,22 @@ class Attention:
         tap(f"{self.name}.out", out)
         return out
 
+    def _project(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] -> latent [T, L], kv [T, C] after norm and RoPE, its records as a page"""
+        rope, position, eps = batch.ropes[self.kind], batch.rows.position, self.config.rms_norm_eps
+        both = self.wq_a_wkv(x)
+        if self.is_fused:
+            return latent_kv_norm_pack(
+                both, self.q_norm, self.kv_norm, rope.cos, rope.sin, position, eps
+            )
+        latent, kv = both.split([len(self.q_norm), len(self.kv_norm)], dim=1)
+        latent = rms_norm(latent.contiguous(), self.q_norm, eps)
+        kv = rms_norm(kv.contiguous(), self.kv_norm, eps)
+        inverse_rope(kv[:, None], rope.cos, rope.minus_sin, position)
+        return latent, kv, kv_step_pack(kv, self.config.qk_rope_head_dim)
+
     def _attend(
-        self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, batch: Batch, cache: LayerViews
+        self, x: Tensor, latent: Tensor, q: Tensor, page: Tensor, batch: Batch, cache: LayerViews
     ) -> Tensor:
         """-> [T, H, C], rotated back"""
         chosen, appends, per_page = None, [], 0
@@ -100,17 +120,17 @@ class Attention:
             appends.append((self.indexer.compressor, new, cache.index_state))
         for compressor, new, state in appends:
             compressor.append(new, batch, state)
-        return self._attend_rows(q, kv, batch, cache, chosen, per_page)
+        return self._attend_rows(q, page, batch, cache, chosen, per_page)
 
     def _attend_rows(
-        self, q: Tensor, kv: Tensor, batch: Batch, cache: LayerViews, chosen: Tensor | None,
+        self, q: Tensor, page: Tensor, batch: Batch, cache: LayerViews, chosen: Tensor | None,
         per_page: int,
     ) -> Tensor:  # fmt: skip
         c, rows = self.config, batch.rows
         has_entries = cache.entries is not None
         attend = sparse_attn_prefill if batch.is_prefill else sparse_attn_decode
         return attend(
-            q, kv_step_pack(kv, c.qk_rope_head_dim), cache.window,
+            q, page, cache.window,
             cache.entries if has_entries else cache.window,
             batch.page_table if has_entries else batch.no_pages, chosen, rows.slot,
             rows.position, rows.first_row, rows.first_position, self.sink,

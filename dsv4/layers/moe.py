@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4.core.config import ModelConfig
@@ -13,6 +12,7 @@ from dsv4.kernels.common.linear_weights import join_rows
 from dsv4.layers.batch import Batch
 from dsv4.layers.linear import Fp8Linear, WideLinear
 from dsv4.layers.weights import ExpertStack, WeightView
+from dsv4.ops.activation import gate_up_swiglu
 from dsv4.ops.moe import moe_routed
 from dsv4.ops.router import router_hash, router_topk
 
@@ -59,9 +59,7 @@ class SharedExpert:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]"""
-        gate, up = self.gate_up(x).float().chunk(2, dim=1)
-        hidden = F.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
-        return self.down(hidden.to(x.dtype))
+        return self.down(gate_up_swiglu(self.gate_up(x), self.limit))
 
 
 @dataclass(frozen=True)

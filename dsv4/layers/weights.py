@@ -170,6 +170,7 @@ def check_served(config: ModelConfig) -> None:
     if config.expert_format not in FORMATS or config.expert_format == FP8_BLOCK128.name:
         raise ConfigError("expert_format", "'mxfp4' or 'nvfp4' in tier 2", config.expert_format,
                           "convert the checkpoint, or use --tier 1")  # fmt: skip
-    if config.moe_intermediate_size % 128:
-        raise ConfigError("moe_intermediate_size", "a multiple of 128 in tier 2",
-                          config.moe_intermediate_size, "use --tier 1")  # fmt: skip
+    for name in ("moe_intermediate_size", "q_lora_rank"):  # rows of one matrix above another's
+        if getattr(config, name) % 128:
+            raise ConfigError(name, "a multiple of 128 in tier 2", getattr(config, name),
+                              "use --tier 1")  # fmt: skip

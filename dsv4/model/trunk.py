@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv4.cache.storage import CacheStorage
 from dsv4.core.config import ModelConfig
+from dsv4.core.errors import RequestError
 from dsv4.core.taps import tap
 from dsv4.layers.attention import Attention
 from dsv4.layers.batch import Batch
@@ -19,6 +20,16 @@ from dsv4.layers.mhc import Head, Mixer, leave
 from dsv4.layers.moe import Moe
 from dsv4.layers.weights import DeviceWeights
 from dsv4.ops.embedding import embed_streams
+
+FUSED = ("mhc_post_pre", "latent_kv_norm_pack")  # steps that can run as their parts
+
+
+def check_unfused(names: Collection[str]) -> frozenset[str]:
+    """The names as a set. Raises RequestError for one that is not in FUSED."""
+    for name in names:
+        if name not in FUSED:
+            raise RequestError("--unfused", f"of {', '.join(FUSED)}", name)
+    return frozenset(names)
 
 
 @dataclass(frozen=True)
@@ -51,14 +62,16 @@ class Trunk:
     @classmethod
     def of(
         cls, config: ModelConfig, weights: DeviceWeights, form: IndexerForm | None = None,
-        unfused: Iterable[str] = (),
+        unfused: Collection[str] = (),
     ) -> Trunk:  # fmt: skip
         """The trunk whose weights are `weights`; index keys as `form` says (default FP8)."""
-        w, form = weights.view, form or IndexerForm()
+        w, form, unfused = weights.view, form or IndexerForm(), check_unfused(unfused)
         blocks = tuple(
             Block(
                 Mixer.of(config, b, "attn"),
-                Attention.of(config, config.layer_kind(j), b.at("attn"), form, f"layers.{j}.attn"),
+                Attention.of(
+                    config, config.layer_kind(j), b.at("attn"), form, f"layers.{j}.attn", unfused
+                ),
                 Mixer.of(config, b, "ffn"),
                 Moe.of(config, b.at("ffn"), f"layers.{j}.ffn"),
             )
@@ -66,7 +79,7 @@ class Trunk:
             for b in (w.at(f"layers.{j}"),)
         )
         head, lm_head = Head.of(config, w), WideLinear.of(w, "head")
-        return cls(config, w["embed.weight"], blocks, head, lm_head, frozenset(unfused))
+        return cls(config, w["embed.weight"], blocks, head, lm_head, unfused)
 
     @torch.inference_mode()
     def streams(self, batch: Batch, storage: CacheStorage) -> Tensor:

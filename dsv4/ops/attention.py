@@ -12,6 +12,7 @@ from dsv4.kernels import attention as kernels
 
 # Best first.
 KV_STEP_PACK = (kernels.kv_step_pack.SPEC,)
+LATENT_KV_NORM_PACK = (kernels.latent_kv_norm_pack.SPEC,)
 SPARSE_ATTN_DECODE = (kernels.sparse_attn_decode_sm90.SPEC, kernels.sparse_attn_decode.SPEC)
 SPARSE_ATTN_PREFILL = (kernels.sparse_attn_prefill_sm90.SPEC, kernels.sparse_attn_prefill.SPEC)
 
@@ -21,6 +22,18 @@ def kv_step_pack(kv: Tensor, rope_dim: int) -> Tensor:
     """See dsv4.reference.paged_attention.kv_step_pack."""
     out = kernels.kv_step_pack.outputs(kv, rope_dim)
     select(KV_STEP_PACK, kv.device).launch(kv, rope_dim, out)
+    return out
+
+
+@dsv4_op(fake=kernels.latent_kv_norm_pack.outputs)
+def latent_kv_norm_pack(
+    x: Tensor, q_norm: Tensor, kv_norm: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See dsv4.reference.paged_attention.latent_kv_norm_pack."""
+    out = kernels.latent_kv_norm_pack.outputs(x, q_norm, kv_norm, cos, sin, position, eps)
+    kernel = select(LATENT_KV_NORM_PACK, x.device)
+    kernel.launch(x, q_norm, kv_norm, cos, sin, position, eps, out)
     return out
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from dsv4.reference.attention import sparse_attn, visible_entries
 from dsv4.reference.cache_writes import gather_entries, gather_window
 from dsv4.reference.kv_records import kv_page_pack, kv_page_unpack
+from dsv4.reference.norm import rms_norm
 from dsv4.reference.precision import wide_dtype
 from dsv4.reference.rope import apply_rope
 
@@ -26,6 +27,25 @@ def kv_step_pack(kv: Tensor, rope_dim: int) -> Tensor:
     hold, and the ring is written after attention.
     """
     return kv_page_pack(kv, rope_dim) if len(kv) else kv.new_empty(0, dtype=torch.uint8)
+
+
+def latent_kv_norm_pack(
+    x: Tensor, q_norm: Tensor, kv_norm: Tensor, cos: Tensor, sin: Tensor, position: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Everything between the joined projection wq_a | wkv and what reads it.
+
+    x         [T, L + C]  latent of the query, then the KV row
+    q_norm    [L], kv_norm [C] weights of the RMSNorms
+    cos, sin  [S, R/2] FP32; row p is for position p
+    position  [T] int64
+    ->        latent [T, L] after its norm, kv [T, C] after norm and RoPE, kv_step_pack of it
+    """
+    L = len(q_norm)
+    latent, kv = rms_norm(x[:, :L], q_norm, eps), rms_norm(x[:, L:], kv_norm, eps)
+    angles = (table[position].to(wide_dtype(x.dtype)) for table in (cos, sin))
+    kv = apply_rope(kv, *angles)
+    return latent, kv, kv_step_pack(kv, 2 * cos.shape[1])
 
 
 def sparse_attn_decode(

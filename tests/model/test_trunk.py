@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4.core.errors import RequestError
 from dsv4.core.taps import capture
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
+from dsv4.layers import attention, mhc
 from dsv4.layers.indexer import IndexerForm
+from dsv4.model.trunk import FUSED
 from support.oracle_ops import use_oracles
 from support.production import production, random_ids, random_weights, reference, served_config
 
@@ -90,12 +93,24 @@ def test_taps_have_the_values_of_the_reference(monkeypatch: pytest.MonkeyPatch) 
             assert torch.equal(x.long(), expected[name].long()), name
 
 
-def test_an_unfused_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", FUSED)
+def test_an_unfused_step_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_oracles(monkeypatch)
     ids = random_ids(CONFIG, 20)
-    whole = fed(production(CONFIG, WEIGHTS), ids, [20])
-    parts = fed(production(CONFIG, WEIGHTS, unfused=["mhc_post_pre"]), ids, [20])
-    assert torch.equal(whole, parts)
+    whole = fed(production(CONFIG, WEIGHTS), ids, [19, 1])
+    used = []
+    for module in (mhc, attention):
+        if (fused := getattr(module, name, None)) is not None:
+            monkeypatch.setattr(module, name, lambda *a, f=fused: (used.append(a), f(*a))[1])
+    assert torch.equal(whole, fed(production(CONFIG, WEIGHTS, unfused=[name]), ids, [19, 1]))
+    assert not used
+    fed(production(CONFIG, WEIGHTS), ids, [19, 1])
+    assert used
+
+
+def test_a_fusion_that_there_is_not() -> None:
+    with pytest.raises(RequestError, match="latent_kv_norm_pack"):
+        production(CONFIG, WEIGHTS, unfused=["everything"])
 
 
 def test_the_kernels_put_together() -> None:

@@ -2,6 +2,7 @@
 
 from dsv4.kernels.attention import (
     kv_step_pack,
+    latent_kv_norm_pack,
     sparse_attn_decode,
     sparse_attn_decode_sm90,
     sparse_attn_prefill,
@@ -10,6 +11,7 @@ from dsv4.kernels.attention import (
 
 __all__ = [
     "kv_step_pack",
+    "latent_kv_norm_pack",
     "sparse_attn_decode",
     "sparse_attn_decode_sm90",
     "sparse_attn_prefill",

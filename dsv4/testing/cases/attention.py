@@ -14,7 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 from dsv4.core.kv_layout import KvRecord
-from dsv4.testing.cases.cache import page_table, step_rows
+from dsv4.testing.cases.cache import EPS, page_table, step_rows
+from dsv4.testing.cases.norm import angles, norm_weight, vectors
 
 POISON = 0xFF
 SCALE_BYTES = (117, 122)  # of a record's groups: with any code, numbers of the size of a normed KV
@@ -52,10 +53,10 @@ class AttentionCase:
         table, pages = self._pages(record, g, device)
         step, window = self._step(record, rows["slot"] < 0, g), self._window(record, slots, g)
         sink = torch.randn(self.H, generator=g, device=device)
-        angles = rows["position"][:, None] * 0.37 ** torch.arange(
+        angle = rows["position"][:, None] * 0.37 ** torch.arange(
             self.rope_dim // 2, device=device, dtype=torch.float64
         )
-        cos, sin = angles.cos().float(), angles.sin().float()
+        cos, sin = angle.cos().float(), angle.sin().float()
         names = ("slot", "position", "first_row", "first_position")
         return {
             "q": q.to(torch.bfloat16), "step": step, "window": window, "pages": pages,
@@ -140,6 +141,22 @@ def poison_rows(record: KvRecord, pages: Tensor, num_rows: int, dead: Tensor) ->
     pages[:, num_rows * size : num_rows * record.nbytes].unflatten(1, (num_rows, -1))[dead] = POISON
 
 
+def latent_kv_args(
+    num_tokens: int, latent: int, head_dim: int = 512, rope_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16, is_exact: bool = False, device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of latent_kv_norm_pack."""
+    shape = num_tokens, latent + head_dim
+    x = vectors(*shape, dtype=dtype, is_exact=is_exact, device=device)
+    g = Generator().manual_seed(3)
+    position = torch.randint(0, 300, (num_tokens,), generator=g)
+    return {
+        "x": x, "q_norm": norm_weight(latent, device=device),
+        "kv_norm": norm_weight(head_dim, seed=2, device=device),
+        **angles(300, rope_dim, device), "position": position.to(device), "eps": EPS,
+    }  # fmt: skip
+
+
 def aot_calls() -> dict[str, dict[str, Any]]:
     """A call of every binary of the attention kernels at the sizes of Flash."""
     csa, hca = (4, 64, 512), (128, 2, None)
@@ -148,6 +165,8 @@ def aot_calls() -> dict[str, dict[str, Any]]:
     calls: dict[str, dict[str, Any]] = {
         "kv_step_pack": {"kv": torch.randn(8, 512).to(torch.bfloat16), "rope_dim": 64}
     }
+    for latent in (1024, 1536):
+        calls[f"latent_kv_norm_pack/{latent}"] = latent_kv_args(8, latent)
     for name, (H, (ratio, per_page, topk), requests) in kinds.items():
         args = AttentionCase(requests, H, 512, 128, ratio, per_page, topk).args()
         calls[f"sparse_attn_decode/{name}"] = args
