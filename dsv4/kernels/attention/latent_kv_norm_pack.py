@@ -33,9 +33,10 @@ def latent_kv_norm_pack_kernel(
     x_ptr += t * (L + C)
     if tl.program_id(1) == 0:
         i = tl.arange(0, BLOCK_L)
-        x = widen(tl.load(x_ptr + i, i < L, 0.0))
-        weight = widen(tl.load(q_norm_ptr + i, i < L, 0.0))
-        tl.store(latent_ptr + t * L + i, cast(rms_norm(x, weight, eps, L), BF16), i < L)
+        # Names of its own: Triton wants one type for a name that both branches give a value.
+        latent = widen(tl.load(x_ptr + i, i < L, 0.0))
+        q_weight = widen(tl.load(q_norm_ptr + i, i < L, 0.0))
+        tl.store(latent_ptr + t * L + i, cast(rms_norm(latent, q_weight, eps, L), BF16), i < L)
     else:
         c = tl.arange(0, BLOCK_C)
         x = widen(tl.load(x_ptr + L + c, c < C, 0.0))
