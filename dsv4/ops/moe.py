@@ -13,12 +13,15 @@ from dsv4.core.op import dsv4_op
 from dsv4.kernels.moe import moe_routed as portable
 from dsv4.kernels.moe import moe_routed_grouped as grouped
 from dsv4.kernels.moe import moe_routed_sm90
+from dsv4.kernels.moe import moe_routed_w4a8 as w4a8
+from dsv4.kernels.moe import moe_routed_w4a8_sm100 as w4a8_sm100
 
 # Best first. Up to 64 tokens an expert's weights decide, beyond them the matrix units. Within each
 # kernel a token gets the same bits in any batch; the decode kernel adds in another order than the
 # grouped one, so on Hopper its last bits can differ between 64 tokens in a call and 65.
 MOE_ROUTED_DECODE = (moe_routed_sm90.SPEC, grouped.SPEC, portable.SPEC)
 MOE_ROUTED = (grouped.SPEC, portable.SPEC)
+MOE_ROUTED_W4A8 = (w4a8_sm100.SPEC, w4a8.SPEC)
 
 
 def _result(*args: object, **kwargs: object) -> Tensor:
@@ -38,6 +41,20 @@ def moe_routed(
     is_decode = len(x) <= moe_routed_sm90.MAX_TOKENS
     kernel = select(MOE_ROUTED_DECODE if is_decode else MOE_ROUTED, x.device)
     out = (grouped if kernel is grouped.SPEC else portable).outputs(*args)
+    kernel.launch(*args, out)
+    return out[0]
+
+
+@dsv4_op(fake=lambda x, *args, **kwargs: torch.empty_like(x))
+def moe_routed_w4a8(
+    x: Tensor, ids: Tensor, routing: Tensor, w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor,
+    w2: Tensor, s2: Tensor, shared: Tensor | None, limit: float, first_expert: int,
+) -> Tensor:  # fmt: skip
+    """See dsv4.reference.experts.moe_routed_w4a8."""
+    args = x, ids, routing, w1, s1, w3, s3, w2, s2, shared, limit, first_expert
+    kernel = select(MOE_ROUTED_W4A8, x.device)
+    is_native = kernel is w4a8_sm100.SPEC
+    out = (w4a8_sm100 if is_native else w4a8).outputs(*args)
     kernel.launch(*args, out)
     return out[0]
 

@@ -78,6 +78,8 @@ def moe_routed(
 ) -> Tensor:  # fmt: skip
     """The routed experts on weights as stored, plus what the shared expert gave.
 
+    x is read as it is (W4A16).
+
     x       [T, D]
     ids     [T, K] int32; those outside first_expert .. first_expert + E - 1 belong to others
             (another device's experts, or a padding row) and count nothing
@@ -89,6 +91,31 @@ def moe_routed(
     format  "mxfp4" or "nvfp4"
     ->      [T, D] in x's dtype, summed in FP32 in order of expert id, shared last, one rounding
     """
+    weights = w1, s1, w3, s3, w2, s2
+    return _routed(x, ids, routing, weights, global_scale, shared, limit, first_expert, format)
+
+
+def moe_routed_w4a8(
+    x: Tensor, ids: Tensor, routing: Tensor, w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor,
+    w2: Tensor, s2: Tensor, shared: Tensor | None, limit: float, first_expert: int,
+) -> Tensor:  # fmt: skip
+    """As `moe_routed` with MXFP4 weights, the input of every product rounded to FP8.
+
+        y = sum_e W2_e q(g_e swiglu(W1_e q(x), W3_e q(x))) + shared
+
+    q rounds to E4M3 with a UE8M0 scale for each token and 128 columns: `fp8_act_quantize`, as the
+    official inference code does for experts too.
+    """
+    weights = w1, s1, w3, s3, w2, s2
+    return _routed(x, ids, routing, weights, None, shared, limit, first_expert, "mxfp4", True)
+
+
+def _routed(
+    x: Tensor, ids: Tensor, routing: Tensor, stored: tuple[Tensor, ...],
+    global_scale: Tensor | None, shared: Tensor | None, limit: float, first_expert: int,
+    format: str, simulate_activation: bool = False,
+) -> Tensor:  # fmt: skip
+    w1, s1, w3, s3, w2, s2 = stored
     fmt = FORMATS[format]
     scale_dtype = torch.float8_e4m3fn if fmt.has_global else torch.float8_e8m0fnu
 
@@ -105,7 +132,9 @@ def moe_routed(
         token, slot = (ids == e).nonzero(as_tuple=True)
         parts = (weight(0, local, w1, s1), weight(2, local, w2, s2), weight(1, local, w3, s3))
         weights = tuple(w.to(x.dtype) for w in parts)
-        y = expert(x[token], weights, limit, routing[token, slot].to(wide(x).dtype))
+        y = expert(
+            x[token], weights, limit, routing[token, slot].to(wide(x).dtype), simulate_activation
+        )
         total.index_add_(0, token, wide(y))
     if shared is not None:
         total = total + wide(shared)

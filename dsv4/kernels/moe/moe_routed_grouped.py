@@ -10,6 +10,8 @@ goes in ascending order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -20,9 +22,9 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common import expert_lists
 from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.experts import (
-    HALF,
     STEP,
     UNSCALE,
+    WORDS,
     load_rows,
     multiply_step,
     ordered_steps,
@@ -64,19 +66,19 @@ def _gate_up_tile(
     NUM_WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """hidden = routing * silu(min(gate, limit)) * clamp(up) of BN features and `count` tokens."""
-    m, i, k = tl.arange(0, BM), tl.arange(0, HALF), tl.arange(0, STEP)
+    m, i, k = tl.arange(0, BM), tl.arange(0, WORDS), tl.arange(0, STEP)
     pair = tl.load(rows_ptr + first + tl.minimum(m, count - 1))  # past the end: the last again
     base = tl.program_id(0) * BN
     position = base + load_rows(BN, NUM_WARPS)
     feature = position // STEP * STEP + step_order(position % STEP)
     x_at = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * D + k[None, :]
-    w1_at = w1_ptr + feature[:, None] * (D // 2) + i[None, :]
-    w3_at = w3_ptr + feature[:, None] * (D // 2) + i[None, :]
+    w1_at = w1_ptr + feature[:, None] * (D // 8) + i[None, :]
+    w3_at = w3_ptr + feature[:, None] * (D // 8) + i[None, :]
     s1_at, s3_at = s1_ptr + feature * (D // STEP), s3_ptr + feature * (D // STEP)
     gate, up = tl.zeros([BN, BM], tl.float32), tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, D // STEP, num_stages=STAGES):
         x = tl.load(x_at + step * STEP)
-        w1, w3 = tl.load(w1_at + step * HALF), tl.load(w3_at + step * HALF)
+        w1, w3 = tl.load(w1_at + step * WORDS), tl.load(w3_at + step * WORDS)
         s1, s3 = tl.load(s1_at + step), tl.load(s3_at + step)
         gate = multiply_step(w1, s1, x, gate, BN, GROUP, NVFP4, NUM_WARPS)
         up = multiply_step(w3, s3, x, up, BN, GROUP, NVFP4, NUM_WARPS)
@@ -100,7 +102,7 @@ def moe_routed_gate_up_kernel(
     if block < tl.load(num_blocks_ptr):
         e, first = tl.load(block_expert_ptr + block), tl.load(block_start_ptr + block)
         count = tl.minimum(tl.load(offsets_ptr + e + 1) - first, BM)
-        at, scale_at = e.to(tl.int64) * F * (D // 2), e.to(tl.int64) * F * (D // STEP)
+        at, scale_at = e.to(tl.int64) * F * (D // 8), e.to(tl.int64) * F * (D // STEP)
         gate_scale, up_scale = UNSCALE, UNSCALE
         if NVFP4:
             gate_scale *= tl.load(g_ptr + e)
@@ -130,16 +132,16 @@ def _down_tile(
     NUM_WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial[pair] = W2 hidden[place], BN outputs of `count` tokens."""
-    m, i, k = tl.arange(0, BM), tl.arange(0, HALF), tl.arange(0, STEP)
+    m, i, k = tl.arange(0, BM), tl.arange(0, WORDS), tl.arange(0, STEP)
     place = first + tl.minimum(m, count - 1)
     base = tl.program_id(0) * BN
     row = base + load_rows(BN, NUM_WARPS)
     h_at = hidden_ptr + place.to(tl.int64)[:, None] * F + k[None, :]
-    w_at, s_at = w2_ptr + row[:, None] * (F // 2) + i[None, :], s2_ptr + row * (F // STEP)
+    w_at, s_at = w2_ptr + row[:, None] * (F // 8) + i[None, :], s2_ptr + row * (F // STEP)
     y = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, F // STEP, num_stages=STAGES):
         h = tl.load(h_at + step * STEP)
-        w, s = tl.load(w_at + step * HALF), tl.load(s_at + step)
+        w, s = tl.load(w_at + step * WORDS), tl.load(s_at + step)
         y = multiply_step(w, s, h, y, BN, GROUP, NVFP4, NUM_WARPS)
     pair = tl.load(rows_ptr + place).to(tl.int64)
     at = pair[None, :] * D + (base + tl.arange(0, BN))[:, None]
@@ -158,7 +160,7 @@ def moe_routed_down_kernel(
     if block < tl.load(num_blocks_ptr):
         e, first = tl.load(block_expert_ptr + block), tl.load(block_start_ptr + block)
         count = tl.minimum(tl.load(offsets_ptr + e + 1) - first, BM)
-        w2_ptr += e.to(tl.int64) * D * (F // 2)
+        w2_ptr += e.to(tl.int64) * D * (F // 8)
         s2_ptr += e.to(tl.int64) * D * (F // STEP)
         scale = UNSCALE
         if NVFP4:
@@ -207,14 +209,28 @@ def outputs(
     base = portable.outputs(
         x, ids, routing, w1, s1, w3, s3, w2, s2, global_scale, shared, limit, first_expert, format
     )
-    block = tile(ids.numel(), w1.shape[0], x.shape[1], w1.shape[1])["BM"]
+    block = tile(ids.numel(), w1.shape[0], x.shape[1], w1.shape[1], CONFIG)["BM"]
     lists = expert_lists.outputs(ids, first_expert, w1.shape[0], block)
     return (*base, torch.empty_like(x), *lists)
 
 
-def tile(pairs: int, num_experts: int, D: int, F: int) -> dict[str, int]:
-    """The tile of CONFIG, its rows narrowed until they divide D and F."""
-    found = next(dict(t) for most, t in CONFIG.items() if most * num_experts >= pairs)
+def combine(
+    partial: Tensor, ids: Tensor, shared: Tensor | None, y: Tensor, first_expert: int,
+    num_experts: int,
+) -> None:  # fmt: skip
+    """Launch the sum over the experts of a token."""
+    (T, K), D = ids.shape, y.shape[1]
+    moe_routed_kernel[T, triton.cdiv(D, COMBINE)](
+        partial, ids, shared, y, first_expert, num_experts, TOP_K=K,
+        SLOTS=triton.next_power_of_2(K), D=D, SHARED=shared is not None, BLOCK=COMBINE, num_warps=4,
+    )  # fmt: skip
+
+
+def tile(
+    pairs: int, num_experts: int, D: int, F: int, config: Mapping[int, Mapping[str, int]]
+) -> dict[str, int]:
+    """The tile of `config`, its rows narrowed until they divide D and F."""
+    found = next(dict(t) for most, t in config.items() if most * num_experts >= pairs)
     while F % found["BN"] or D % (2 * found["BN"]):
         found["BN"] //= 2
         found["num_warps"] //= 2
@@ -239,7 +255,7 @@ def launch(
     check_tensors(ordered=(ordered, f"{T} {D}", torch.bfloat16))
     if T == 0:
         return
-    t = tile(T * K, E, D, F)
+    t = tile(T * K, E, D, F, CONFIG)
     BM, BN = t["BM"], t["BN"]
     expert_lists.launch(ids, first_expert, E, BM, tuple(lists))
     moe_routed_permute_kernel[triton.cdiv(T, PERMUTE_ROWS), D // 128](
@@ -247,6 +263,7 @@ def launch(
     )
     rows, offsets, block_expert, block_start, num_blocks, _ = lists
     where = rows, offsets, block_expert, block_start, num_blocks
+    w1, w3, w2 = (w.view(torch.int32) for w in (w1, w3, w2))
     words = torch.int32 if format == "mxfp4" else torch.int64  # the scales of 128 columns
     meta = {
         "D": D, "F": F, "GROUP": GROUPS[format], "NVFP4": format == "nvfp4", "BM": BM,
@@ -260,10 +277,7 @@ def launch(
     moe_routed_down_kernel[D // (2 * BN), len(block_expert)](
         hidden, *where, w2, s2.view(words), global_scale, partial, E, BN=2 * BN, **meta
     )
-    moe_routed_kernel[T, triton.cdiv(D, COMBINE)](
-        partial, ids, shared, y, first_expert, E, TOP_K=K, SLOTS=triton.next_power_of_2(K), D=D,
-        SHARED=shared is not None, BLOCK=COMBINE, num_warps=4,
-    )  # fmt: skip
+    combine(partial, ids, shared, y, first_expert, E)
 
 
 PRODUCTS = ("moe_routed_gate_up_kernel", "moe_routed_down_kernel")

@@ -66,6 +66,10 @@ class MoeCase:
             "format": self.format,
         }  # fmt: skip
 
+    def args_w4a8(self) -> dict[str, Any]:
+        """Keyword arguments of the op that rounds tokens to FP8; for MXFP4."""
+        return {k: v for k, v in self.args().items() if k not in ("global_scale", "format")}
+
     def wide(self) -> MoeCase:
         """The same in FP64, for the oracle."""
         shared = None if self.shared is None else self.shared.double()
@@ -94,4 +98,7 @@ def aot_calls() -> dict[str, dict[str, Any]]:
         case = MoeCase.random(256, 4096, 2048, 8, format=name)
         calls[f"moe_routed/{name}"] = case.rows(slice(2)).args()
         calls[f"moe_routed/{name}, prompt"] = case.args()
+        if name == "mxfp4":
+            calls["moe_routed_w4a8"] = case.rows(slice(2)).args_w4a8()
+            calls["moe_routed_w4a8/prompt"] = case.args_w4a8()
     return calls
