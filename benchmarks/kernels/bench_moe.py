@@ -19,21 +19,22 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dsv4.kernels.moe import moe_routed_grouped as grouped
+from dsv4.kernels.moe import moe_routed_w4a8
 from dsv4.ops import moe as ops
 from dsv4.testing.bench import Case, cold_us, run
 from dsv4.testing.cases.moe import MoeCase
 
 D, F, E, K = 4096, 2048, 256, 6
 CALLS = {1: 24, 4: 16, 8: 8, 16: 4, 64: 4, 256: 2, 1024: 2, 8192: 2, 32768: 1}
-LARGE = 8192
-SWEEP = (
-    {"BM": 128, "BN": 128, "num_warps": 8, "STAGES": 4},
-    {"BM": 128, "BN": 128, "num_warps": 8, "STAGES": 3},
-    {"BM": 128, "BN": 64, "num_warps": 4, "STAGES": 2},
-    {"BM": 64, "BN": 128, "num_warps": 8, "STAGES": 4},
-    {"BM": 64, "BN": 64, "num_warps": 4, "STAGES": 3},
-    {"BM": 32, "BN": 128, "num_warps": 8, "STAGES": 4},
-)
+LARGE, LARGEST = 8192, 32768
+FEWEST_W4A8 = 256  # tokens; fewer are the decode kernel's
+# BM, BN, warps, stages
+SWEEP = {
+    "w4a16": ((128, 128, 8, 4), (128, 128, 8, 3), (128, 64, 4, 2), (64, 128, 8, 4), (64, 64, 4, 3),
+              (32, 128, 8, 4)),
+    "w4a8": ((64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 8, 4), (64, 128, 8, 3), (32, 64, 4, 4),
+             (128, 64, 4, 3)),
+}  # fmt: skip
 
 
 def grouped_mm(case: MoeCase, w13: Tensor, w2: Tensor) -> Any:
@@ -75,27 +76,36 @@ def cases() -> Iterator[Case]:
     for format in ("mxfp4", "nvfp4"):
         weights = MoeCase.random(1, D, F, E, format=format, device="cuda")
         for T, count in CALLS.items():
+            if T == LARGEST and format == "nvfp4":
+                continue  # minutes, and the same as 8192
             made = token_cases(weights, T, count)
-            yield Case(
-                "moe_routed", {"M": T, "format": format, "mode": "w4a16"},
-                [partial(ops.moe_routed, **c.args()) for c in made],
-                sum(c.nbytes for c in made) // count, flops=6 * T * K * D * F,
-                is_compute=T >= LARGE, baseline="torch._grouped_mm BF16",
-                baseline_calls=[grouped_mm(c, w13, w2) for c in made],
-            )  # fmt: skip
+            calls = {"w4a16": [partial(ops.moe_routed, **c.args()) for c in made]}
+            if format == "mxfp4" and T >= FEWEST_W4A8:
+                calls["w4a8"] = [partial(ops.moe_routed_w4a8, **c.args_w4a8()) for c in made]
+            for mode, timed in calls.items():
+                yield Case(
+                    "moe_routed", {"M": T, "format": format, "mode": mode}, timed,
+                    sum(c.nbytes for c in made) // count, flops=6 * T * K * D * F,
+                    is_compute=T >= LARGE, baseline="torch._grouped_mm BF16",
+                    baseline_calls=[grouped_mm(c, w13, w2) for c in made],
+                )  # fmt: skip
 
 
 def sweep() -> None:
-    """Microseconds of every tile at three sizes, whole and by kernel."""
-    for format in ("mxfp4", "nvfp4"):
-        weights = MoeCase.random(1, D, F, E, format=format, device="cuda")
-        for T in (256, 1024, LARGE):
-            (case,) = token_cases(weights, T, 1)
-            call = partial(ops.moe_routed, **case.args())
-            for tile in SWEEP:
-                grouped.CONFIG = {1 << 40: tile}
+    """Microseconds of every tile at three sizes, whole and by kernel, MXFP4."""
+    weights = MoeCase.random(1, D, F, E, device="cuda")
+    for T in (256, 1024, LARGE):
+        (case,) = token_cases(weights, T, 1)
+        calls = {
+            "w4a16": (grouped, partial(ops.moe_routed, **case.args())),
+            "w4a8": (moe_routed_w4a8, partial(ops.moe_routed_w4a8, **case.args_w4a8())),
+        }
+        for mode, (kernel, call) in calls.items():
+            for tile in SWEEP[mode]:
+                names = "BM", "BN", "num_warps", "STAGES"
+                setattr(kernel, "CONFIG", {1 << 40: dict(zip(names, tile, strict=True))})  # noqa: B010
                 us = cold_us([call], case.nbytes)
-                print(f"{format} M={T} {tile} {us:.0f} us {6e-6 * T * K * D * F / us:.0f} TFLOP/s")
+                print(f"{mode} M={T} {tile} {us:.0f} us {6e-6 * T * K * D * F / us:.0f} TFLOP/s")
                 with profile(activities=[ProfilerActivity.CUDA]) as seen:
                     call()
                     torch.cuda.synchronize()

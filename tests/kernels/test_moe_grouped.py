@@ -96,14 +96,14 @@ def test_a_token_alone_and_among_many_is_the_same() -> None:
 
 
 def test_the_order_of_a_tokens_choices_changes_no_bit() -> None:
-    case = MoeCase.random(2, 256, 128, 8, K=4, has_shared=False, device=DEVICE)
+    case = MoeCase.random(2, 128, 128, 4, K=4, has_shared=False, device=DEVICE)
     rest = replace(case, shared=-run(case))  # what rounding took: its bits show the order of a sum
     turned = replace(rest, ids=case.ids.flip(1), routing=case.routing.flip(1))
     assert_bits_equal("turned", run(turned), run(rest))
 
 
 def test_all_tokens_on_one_expert_and_repeated_ids() -> None:
-    case = random_case(20, "nano")
+    case = random_case(6, "nano")
     ids = case.ids.clone()
     ids[:, 0] = 3
     check(replace(case, ids=ids))  # 3 twice in some rows, most experts without a token
@@ -133,7 +133,7 @@ def test_large_activations_stay_finite() -> None:
 
 
 def test_nan_stays_with_its_token() -> None:
-    case = random_case(5, "nano")
+    case = random_case(3, "nano")
     want = run(case)
     x = case.x.clone()
     x[1, 7] = torch.nan

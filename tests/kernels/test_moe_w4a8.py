@@ -64,7 +64,7 @@ def test_it_equals_the_oracle(kernel: ModuleType, shape: tuple[int, ...]) -> Non
 
 def exact_case(spread: int) -> MoeCase:
     """Tokens and hidden values that FP8 holds exactly; scales of a row up to 2^spread apart."""
-    D, F = 256, 128
+    D, F = 128, 128
     case = random_case(D, D, F, 1, K=1)
     w1, s1, w3, s3, w2, s2 = (w.clone() for w in case.weights)
     w1.fill_(0x22), s1.fill_(141)  # gate 2^14: silu is the gate itself
@@ -115,10 +115,10 @@ def test_a_part_of_the_experts_shared_and_nan(kernel: ModuleType) -> None:
 
 
 def test_the_op() -> None:
-    case = random_case(2, 128, 128, 3)
+    case = random_case(2, 128, 128, 2)
     assert_bits_equal("op", ops.moe_routed_w4a8(**case.args_w4a8()), run(KERNELS[0], case))
     assert ops.moe_routed_w4a8(**case.rows(slice(0)).args_w4a8()).shape == (0, 128)
-    torch.library.opcheck(ops.moe_routed_w4a8.op, (), case.args_w4a8())
+    torch.library.opcheck(ops.moe_routed_w4a8.op, (), case.rows(slice(1)).args_w4a8())
 
 
 @pytest.mark.parametrize(
