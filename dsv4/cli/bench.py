@@ -53,7 +53,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
     from dsv4.testing.bench import read_gbps
 
     peak = read_gbps()
-    terminal.note(f"weights {gib(model.weights.nbytes)}, read bandwidth {peak:.0f} GB/s")
+    terminal.note(f"weights {gib(model.weight_bytes)}, read bandwidth {peak:.0f} GB/s")
     for batch in args.batch if args.phase == "decode" else [1]:
         for context in args.context:
             row, times = _row(args, model, batch, context, peak)

@@ -82,8 +82,10 @@ class ProductionModel:
         if limits.max_rows < limits.max_requests:
             expected = f"max_requests {limits.max_requests} or more"
             raise RequestError("max_rows", expected, limits.max_rows)
-        self.weights = DeviceWeights.load(config, stored, self.device)
-        self.trunk = Trunk.of(config, self.weights, form, unfused)
+        weights = DeviceWeights.load(config, stored, self.device)
+        # The trunk keeps what it uses: matrices that it joins are not held twice.
+        self.trunk, self.weight_bytes = Trunk.of(config, weights, form, unfused), weights.nbytes
+        del weights
         schema = CacheSchema.of(
             config, num_pages=limits.num_pages(config), num_slots=limits.max_requests,
             page_tokens=limits.page_tokens, index_keys=form.keys,

@@ -12,7 +12,7 @@ from dsv4.core.config import LayerKind, ModelConfig
 from dsv4.core.taps import tap
 from dsv4.kernels.common.linear_weights import join_rows
 from dsv4.layers.batch import Batch
-from dsv4.layers.compressor import Compressor
+from dsv4.layers.compressor import Compressor, CompressorRows, Projections
 from dsv4.layers.indexer import Indexer, IndexerForm
 from dsv4.layers.linear import Fp8Linear
 from dsv4.layers.weights import WeightView
@@ -28,7 +28,7 @@ from dsv4.ops.norm import inverse_rope, q_norm_rope, rms_norm
 
 @dataclass(frozen=True)
 class Attention:
-    """SWA, CSA or HCA. `compressor` is None for SWA; only CSA has an indexer."""
+    """SWA, CSA or HCA. Without projections and a compressor for SWA; only CSA has an indexer."""
 
     config: ModelConfig
     kind: LayerKind
@@ -40,6 +40,7 @@ class Attention:
     q_norm: Tensor
     kv_norm: Tensor
     sink: Tensor
+    projections: Projections | None
     compressor: Compressor | None
     indexer: Indexer | None
     is_fused: bool
@@ -50,18 +51,22 @@ class Attention:
         unfused: Collection[str] = (),
     ) -> Attention:  # fmt: skip
         """The attention whose weights are `w`; `name` ("layers.3.attn") is the prefix of taps."""
-        compressor = indexer = None
+        projections = compressor = indexer = None
         if kind is not LayerKind.SWA:
-            compressor = Compressor.of(w.at("compressor"), kind, config.rms_norm_eps)
-        if kind is LayerKind.CSA:
-            indexer = Indexer.of(config, w.at("indexer"), form, f"{name}.indexer")
+            compressor = Compressor(kind, w["compressor.norm.weight"], config.rms_norm_eps)
+            sources, proj = [w.at("compressor")], None
+            if kind is LayerKind.CSA:
+                indexer = Indexer.of(config, w.at("indexer"), form, f"{name}.indexer")
+                sources.append(w.at("indexer").at("compressor"))
+                proj = w["indexer.weights_proj.weight"]
+            projections = Projections.of(sources, proj, "joined_wide_linear" not in unfused)
         joined = Fp8Linear.of(join_rows([w.fp8("wq_a"), w.fp8("wkv")]))
         wq_b, wo_b = (Fp8Linear.of(w.fp8(name)) for name in ("wq_b", "wo_b"))
         wo_a = Fp8Linear.of(w.fp8("wo_a"), config.o_groups)
         norms = w["q_norm.weight"], w["kv_norm.weight"]
         return cls(
-            config, kind, name, joined, wq_b, wo_a, wo_b, *norms, w["attn_sink"], compressor,
-            indexer, "latent_kv_norm_pack" not in unfused,
+            config, kind, name, joined, wq_b, wo_a, wo_b, *norms, w["attn_sink"], projections,
+            compressor, indexer, "latent_kv_norm_pack" not in unfused,
         )  # fmt: skip
 
     def __call__(self, x: Tensor, batch: Batch, cache: LayerViews) -> Tensor:
@@ -102,24 +107,23 @@ class Attention:
         self, x: Tensor, latent: Tensor, q: Tensor, page: Tensor, batch: Batch, cache: LayerViews
     ) -> Tensor:
         """-> [T, H, C], rotated back"""
-        chosen, appends, per_page = None, [], 0
-        if self.compressor is not None:
-            assert cache.state is not None
-            assert cache.entries is not None
-            per_page = batch.page_tokens // self.kind.ratio
-            new = self.compressor.rows(x, batch)
-            self.compressor.insert_entries(new, batch, cache.state, cache.entries, per_page)
-            appends.append((self.compressor, new, cache.state))
+        if self.projections is None or self.compressor is None:
+            return self._attend_rows(q, page, batch, cache, None, 0)
+        assert cache.state is not None
+        assert cache.entries is not None
+        per_page = batch.page_tokens // self.kind.ratio
+        parts = self.projections(x, batch)
+        new, chosen = CompressorRows(parts[0], parts[1]), None
+        self.compressor.insert_entries(new, batch, cache.state, cache.entries, per_page)
         if self.indexer is not None:
             assert cache.index_state is not None
             assert cache.index_keys is not None
-            new = self.indexer.compressor.rows(x, batch)
+            index_new = CompressorRows(parts[2], parts[3])
             chosen = self.indexer.choose(
-                x, latent, batch, new, cache.index_state, cache.index_keys, per_page
+                latent, parts[4], batch, index_new, cache.index_state, cache.index_keys, per_page
             )
-            appends.append((self.indexer.compressor, new, cache.index_state))
-        for compressor, new, state in appends:
-            compressor.append(new, batch, state)
+            self.indexer.compressor.append(index_new, batch, cache.index_state)
+        self.compressor.append(new, batch, cache.state)
         return self._attend_rows(q, page, batch, cache, chosen, per_page)
 
     def _attend_rows(

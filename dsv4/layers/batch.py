@@ -25,6 +25,7 @@ class Batch:
     angles      kind -> cos, sin [T, R/2] FP32 of the rows' positions
     is_prefill  whether requests have many rows: it picks the attention kernel. A step is all
                 prefill or all decode, so that a row's bits do not depend on its neighbours
+    is_padding  [T] bool: rows that must not touch anything
     page_tokens original tokens of a page
     dtype       of activations
     """
@@ -36,6 +37,7 @@ class Batch:
     ropes: RopeTables
     angles: Mapping[LayerKind, tuple[Tensor, Tensor]]
     is_prefill: bool
+    is_padding: Tensor
     page_tokens: int
     dtype: torch.dtype
 
@@ -48,12 +50,18 @@ class Batch:
         position = rows.position
         angles = {kind: (ropes[kind].cos[position], ropes[kind].sin[position]) for kind in ropes}
         empty = page_table.new_empty(len(page_table), 0)
-        return cls(ids, rows, page_table, empty, ropes, angles, is_prefill, page_tokens, dtype)
-
-    @property
-    def is_padding(self) -> Tensor:
-        """[T] bool: rows that must not touch anything."""
-        return self.rows.slot < 0
+        return cls(
+            ids,
+            rows,
+            page_table,
+            empty,
+            ropes,
+            angles,
+            is_prefill,
+            rows.slot < 0,
+            page_tokens,
+            dtype,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)

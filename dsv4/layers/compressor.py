@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dsv4.core.config import LayerKind
 from dsv4.core.kv_layout import IndexKeys
 from dsv4.layers.batch import Batch
-from dsv4.layers.linear import WideLinear
 from dsv4.layers.weights import WeightView
 from dsv4.ops.cache import compressor_insert, compressor_state_append, index_key_insert
+from dsv4.ops.linear import joined_wide_linear, wide_linear
 
 
 @dataclass(frozen=True)
@@ -23,26 +25,53 @@ class CompressorRows:
 
 
 @dataclass(frozen=True)
-class Compressor:
-    """wkv and wgate share their input; `ape` is the score's bias by place in the window."""
+class Projections:
+    """The BF16 matrices that share the hidden state, as one: compressors, index head weights.
 
-    kind: LayerKind
-    wkv: WideLinear
-    wgate: WideLinear
-    ape: Tensor
-    norm: Tensor
-    eps: float
+    weight  [N, D] wkv and wgate of each compressor, then weights_proj
+    bias    [r, N] FP32: `ape` for the rows of wgate, zeros elsewhere
+    parts   rows of each
+    """
+
+    weight: Tensor
+    bias: Tensor
+    parts: list[int]
+    is_fused: bool
 
     @classmethod
-    def of(cls, w: WeightView, kind: LayerKind, eps: float) -> Compressor:
-        """The compressor whose weights are `w`."""
-        wkv, wgate = WideLinear.of(w, "wkv"), WideLinear.of(w, "wgate")
-        return cls(kind, wkv, wgate, w["ape"], w["norm.weight"], eps)
+    def of(
+        cls, compressors: Sequence[WeightView], weights_proj: Tensor | None, is_fused: bool
+    ) -> Projections:
+        """Of one compressor (HCA), or of two and the head weights (CSA)."""
+        matrices, biases = [], []
+        for w in compressors:
+            matrices += [w["wkv.weight"], w["wgate.weight"]]
+            biases += [torch.zeros_like(w["ape"]), w["ape"]]
+        if weights_proj is not None:
+            matrices.append(weights_proj)
+            biases.append(biases[0].new_zeros(len(biases[0]), len(weights_proj)))
+        parts = [len(m) for m in matrices]
+        return cls(torch.cat(matrices), torch.cat(biases, dim=1), parts, is_fused)
 
-    def rows(self, x: Tensor, batch: Batch) -> CompressorRows:
-        """x [T, D] -> the rows of the batch's tokens."""
-        bias = self.ape[batch.rows.position % self.kind.ratio]
-        return CompressorRows(self.wkv(x), self.wgate(x) + bias)
+    def __call__(self, x: Tensor, batch: Batch) -> list[Tensor]:
+        """x [T, D] -> [T, rows] FP32 of each part"""
+        position = batch.rows.position
+        if self.is_fused:
+            flat = joined_wide_linear(x, self.weight, self.bias, position, self.parts)
+            cuts = flat.split([len(x) * rows for rows in self.parts])
+            return [part.view(len(x), -1) for part in cuts]
+        bias = self.bias[position % len(self.bias)].split(self.parts, dim=1)
+        weights = self.weight.split(self.parts)
+        return [wide_linear(x, w) + b for w, b in zip(weights, bias, strict=True)]
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """Norm and pages of what the projections give; the same for entries and for index keys."""
+
+    kind: LayerKind
+    norm: Tensor
+    eps: float
 
     def insert_entries(
         self, new: CompressorRows, batch: Batch, state: Tensor, pages: Tensor, per_page: int

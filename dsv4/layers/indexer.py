@@ -11,7 +11,7 @@ from dsv4.core.kv_layout import IndexKeys
 from dsv4.core.taps import tap
 from dsv4.layers.batch import Batch
 from dsv4.layers.compressor import Compressor, CompressorRows
-from dsv4.layers.linear import Fp8Linear, WideLinear
+from dsv4.layers.linear import Fp8Linear
 from dsv4.layers.weights import WeightView
 from dsv4.ops.indexer import indexer_scores_topk
 from dsv4.ops.norm import inverse_rope
@@ -39,31 +39,29 @@ class Indexer:
     name: str
     form: IndexerForm
     wq_b: Fp8Linear
-    weights_proj: WideLinear
     compressor: Compressor
 
     @classmethod
     def of(cls, config: ModelConfig, w: WeightView, form: IndexerForm, name: str) -> Indexer:
         """The indexer whose weights are `w`; `name` is the prefix of its taps."""
-        compressor = Compressor.of(w.at("compressor"), LayerKind.CSA, config.rms_norm_eps)
-        wq_b, proj = Fp8Linear.of(w.fp8("wq_b")), WideLinear.of(w, "weights_proj")
-        return cls(config, name, form, wq_b, proj, compressor)
+        compressor = Compressor(LayerKind.CSA, w["compressor.norm.weight"], config.rms_norm_eps)
+        return cls(config, name, form, Fp8Linear.of(w.fp8("wq_b")), compressor)
 
     def choose(
-        self, x: Tensor, latent: Tensor, batch: Batch, new: CompressorRows, state: Tensor,
-        pages: Tensor, per_page: int,
+        self, latent: Tensor, head_weights: Tensor, batch: Batch, new: CompressorRows,
+        state: Tensor, pages: Tensor, per_page: int,
     ) -> Tensor:  # fmt: skip
         """Write the keys that the batch completes, then pick each query's entries.
 
-        x [T, D], latent [T, L] -> [T, topk] int32, ascending, -1 after the last
+        latent        [T, L]
+        head_weights  [T, I] FP32 without the factor 1 / sqrt(I J), which changes no order
+        ->            [T, topk] int32, ascending, -1 after the last
         """
         c, form, rows = self.config, self.form, batch.rows
         self.compressor.insert_keys(new, batch, state, pages, per_page, form.keys, form.is_rotated)
         q = self.wq_b(latent).unflatten(1, (c.index_n_heads, -1))
         rope = batch.ropes[LayerKind.CSA]
         inverse_rope(q, rope.cos, rope.minus_sin, rows.position)
-        scale = (c.index_head_dim * c.index_n_heads) ** -0.5
-        head_weights = self.weights_proj(x) * scale
         chosen = indexer_scores_topk(
             q, head_weights, pages, batch.page_table, rows.slot, rows.position,
             LayerKind.CSA.ratio, per_page, c.index_topk, form.keys, form.is_rotated,

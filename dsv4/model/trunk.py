@@ -21,7 +21,11 @@ from dsv4.layers.moe import Moe
 from dsv4.layers.weights import DeviceWeights
 from dsv4.ops.embedding import embed_streams
 
-FUSED = ("mhc_post_pre", "latent_kv_norm_pack")  # steps that can run as their parts
+FUSED = (
+    "mhc_post_pre",
+    "latent_kv_norm_pack",
+    "joined_wide_linear",
+)  # steps that can run as their parts
 
 
 def check_unfused(names: Collection[str]) -> frozenset[str]:

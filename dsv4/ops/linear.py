@@ -12,6 +12,7 @@ from dsv4.kernels import linear as kernels
 # Best first.
 LINEAR_FP8 = (kernels.linear_fp8_sm90.SPEC, kernels.linear_fp8.SPEC)
 LINEAR_FP8_ANY = (kernels.linear_fp8.SPEC,)
+JOINED_WIDE_LINEAR = (kernels.joined_wide_linear.SPEC,)
 WIDE_LINEAR = (kernels.wide_linear.SPEC,)
 
 
@@ -38,4 +39,15 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """See dsv4.reference.linear.wide_linear."""
     out = kernels.wide_linear.outputs(x, weight)
     select(WIDE_LINEAR, x.device).launch(x, weight, out)
+    return out[0]
+
+
+@dsv4_op(fake=lambda *args: kernels.joined_wide_linear.result(*args))
+def joined_wide_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, parts: list[int]
+) -> Tensor:
+    """See dsv4.reference.linear.joined_wide_linear."""
+    out = kernels.joined_wide_linear.outputs(x, weight, bias, position, parts)
+    kernel = select(JOINED_WIDE_LINEAR, x.device)
+    kernel.launch(x, weight, bias, position, parts, out)
     return out[0]

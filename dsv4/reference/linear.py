@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,6 +51,23 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     x [T, K], weight [O, K] -> [T, O] FP32
     """
     return F.linear(wide(x), wide(weight))
+
+
+def joined_wide_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, parts: list[int]
+) -> Tensor:
+    """wide_linear of several matrices that share their input, with a bias by position.
+
+        y = W x + B[position mod R]
+
+    x        [T, K]
+    weight   [N, K]  the matrices below each other, `parts` rows of each
+    bias     [R, N] FP32  the place of a token in its window picks the row: a compressor's `ape`
+    position [T] int64
+    ->       [T N] FP32, one part after the other: [T, parts[0]], then [T, parts[1]], ...
+    """
+    y = wide_linear(x, weight) + wide(bias)[position % len(bias)]
+    return torch.cat([part.flatten() for part in y.split(parts, dim=1)])
 
 
 def query_latent(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import fields, is_dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
+from dsv4.core.config import ModelConfig
 from dsv4.core.errors import RequestError
+from dsv4.core.inventory import tensor_specs
 from dsv4.core.taps import capture
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
-from dsv4.layers import attention, mhc
+from dsv4.layers import attention, compressor, mhc
 from dsv4.layers.indexer import IndexerForm
 from dsv4.model.trunk import FUSED
 from support.oracle_ops import use_oracles
@@ -99,7 +104,7 @@ def test_an_unfused_step_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch)
     ids = random_ids(CONFIG, 20)
     whole = fed(production(CONFIG, WEIGHTS), ids, [19, 1])
     used = []
-    for module in (mhc, attention):
+    for module in (mhc, attention, compressor):
         if (fused := getattr(module, name, None)) is not None:
             monkeypatch.setattr(module, name, lambda *a, f=fused: (used.append(a), f(*a))[1])
     assert torch.equal(whole, fed(production(CONFIG, WEIGHTS, unfused=[name]), ids, [19, 1]))
@@ -124,3 +129,34 @@ def test_the_kernels_put_together() -> None:
     ours = fed(production(config, weights, torch.bfloat16), ids, [12, 1, 1])
     limit = 2 * rows_apart(rounded, exact).max()  # what BF16 costs the reference, twice
     assert float(rows_apart(ours, exact).max()) < float(limit)
+
+
+def test_a_model_holds_its_weights_once() -> None:
+    """Joined matrices take the place of their parts; bytes are those of the checkpoint's trunk."""
+    config = served_config(vocab_size=4096, hidden_size=256)
+    model = production(config, random_weights(config), torch.bfloat16)
+    gc.collect()
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(model)}
+    extra = sum(x.bias.nbytes for b in model.trunk.blocks if (x := b.attention.projections))
+    specs = tensor_specs(config)
+    stored = sum(s.nbytes for s in specs.values())
+    table = sum(s.nbytes for n, s in specs.items() if n.endswith(".tid2eid"))
+    apes = sum(s.nbytes for n, s in specs.items() if n.endswith(".ape"))
+    assert sum(held.values()) - extra == stored - table // 2 - apes
+    assert model.weight_bytes == stored - table // 2
+
+
+def tensors_of(model: ProductionModel) -> list[Tensor]:
+    """Every tensor of the trunk, found through its dataclasses and dicts."""
+    found, todo = [], [model.trunk]
+    while todo:
+        x = todo.pop()
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, dict):
+            todo += x.values()
+        elif isinstance(x, (tuple, list)):
+            todo += x
+        elif is_dataclass(x) and not isinstance(x, ModelConfig):
+            todo += [getattr(x, f.name) for f in fields(x)]
+    return found

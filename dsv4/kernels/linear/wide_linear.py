@@ -30,7 +30,7 @@ CONFIG = {
 
 
 @triton.jit
-def _chunk_sum(
+def chunk_sum(
     x_ptr, weight_ptr, row, token, T, N, K, first, last,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def wide_linear_kernel(
     y_live = (token < T)[None, :] & (row < N)[:, None]
     if IS_SPLIT:
         last = tl.minimum(part * chunk + chunk, num_blocks)
-        total = _chunk_sum(
+        total = chunk_sum(
             x_ptr, weight_ptr, row, token, T, N, K, part * chunk, last, BM, BN, STAGES
         )
         tile_index = (tl.program_id(2) * tl.num_programs(0) + tile).to(tl.int64)
@@ -72,10 +72,10 @@ def wide_linear_kernel(
             tl.store(y_at, sum_in_order(partial_ptr, offset, BM * BN, num_chunks), y_live)
     else:
         last = tl.minimum(chunk, num_blocks)
-        total = _chunk_sum(x_ptr, weight_ptr, row, token, T, N, K, 0, last, BM, BN, STAGES)
+        total = chunk_sum(x_ptr, weight_ptr, row, token, T, N, K, 0, last, BM, BN, STAGES)
         for c in tl.range(1, num_chunks, num_stages=1):
             last = tl.minimum(c * chunk + chunk, num_blocks)
-            total += _chunk_sum(
+            total += chunk_sum(
                 x_ptr, weight_ptr, row, token, T, N, K, c * chunk, last, BM, BN, STAGES
             )
         tl.store(y_at, total, y_live)

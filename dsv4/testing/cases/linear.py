@@ -30,6 +30,8 @@ WIDE_FLASH = {
     "gate": (256, 4096), "compressor_csa": (2048, 4096), "compressor_hca": (1024, 4096),
     "compressor_indexer": (512, 4096), "weights_proj": (64, 4096),
 }  # fmt: skip
+# value and gate rows of the compressor, those of the indexer's, and its head weights
+JOINED_FLASH = {"csa": [1024, 1024, 256, 256, 64], "hca": [512, 512]}
 HEAD_FLASH = (129280, 4096)
 
 
@@ -53,6 +55,20 @@ def tokens(T: int, width: int, seed: int = 0, device: str = "cpu") -> Tensor:
     return x.to(torch.bfloat16).to(device)
 
 
+def joined_args(
+    T: int, K: int, parts: list[int], ratio: int = 4, seed: int = 0, device: str = "cpu"
+) -> dict[str, Any]:
+    """Arguments of joined_wide_linear."""
+    g = Generator().manual_seed(seed)
+    N = sum(parts)
+    weight = (torch.randn(N, K, generator=g) / K**0.5).to(torch.bfloat16)
+    return {
+        "x": tokens(T, K, seed, device), "weight": weight.to(device),
+        "bias": torch.randn(ratio, N, generator=g).to(device),
+        "position": torch.randint(0, 1 << 20, (T,), generator=g).to(device), "parts": parts,
+    }  # fmt: skip
+
+
 def aot_calls() -> dict[str, dict[str, Any]]:
     """A call of every linear kernel in each of its forms; ahead of time only shapes matter."""
     calls = {f"linear_fp8/{T}": _empty_fp8(T, FLASH["wo_a"]) for T in (1, 24, 64, 8192)}
@@ -65,6 +81,7 @@ def aot_calls() -> dict[str, dict[str, Any]]:
     for T in (1, 24, 64, 8192):
         x, weight = (torch.empty(n, 4096, dtype=torch.bfloat16) for n in (T, 256))
         calls[f"wide_linear/{T}"] = {"x": x, "weight": weight}
+        calls[f"joined_wide_linear/{T}"] = joined_args(T, 4096, JOINED_FLASH["csa"])
     return calls
 
 
