@@ -85,6 +85,16 @@ def test_every_code_is_exact_where_scales_of_a_row_are_close(kernel: ModuleType)
 
 
 @kernels
+def test_a_group_far_below_the_largest_scale_of_its_row_counts_as_zero(kernel: ModuleType) -> None:
+    """Of 2^0, 2^-5, 2^-10 and 2^-15 the last; the native kernel has no such limit."""
+    case = exact_case(spread=15)
+    want = oracle.moe_routed(**case.args())
+    if kernel is moe_routed_w4a8:
+        want[96:] = 0  # the tokens that read columns of the last group
+    assert_bits_equal("codes", run(kernel, case).abs(), want.abs())
+
+
+@kernels
 def test_a_token_alone_and_among_many_is_the_same(kernel: ModuleType) -> None:
     many = random_case(150, 128, 128, 1, K=1)
     got = run(kernel, many)
