@@ -78,6 +78,8 @@ class ProductionModel:
     ) -> None:  # fmt: skip
         limits, form = limits or EngineLimits(), form or IndexerForm()
         self.config, self.device = config, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.limits, self.max_context = limits, limits.context(config)
         if limits.max_rows < limits.max_requests:
             expected = f"max_requests {limits.max_requests} or more"

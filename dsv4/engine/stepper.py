@@ -16,6 +16,7 @@ from dsv4.cache.request import Step
 from dsv4.cache.step import StepRows
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.model import ProductionModel
+from dsv4.kernels.common.cuda import shared_counters
 from dsv4.ops.sampling import sample
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -147,7 +148,8 @@ class Stepper:
                 self._decode(step, size, is_filtered)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Graphs of one stepper run one after the other, so they may share counters and memory.
+        with shared_counters(self.model.device), torch.cuda.graph(graph, pool=self._pool):
             chosen = self._decode(step, size, is_filtered)
 
         def run() -> Tensor:

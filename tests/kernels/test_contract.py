@@ -13,6 +13,7 @@ import dsv4.kernels
 import dsv4.ops
 from dsv4.core.dispatch import KernelSpec, select
 from dsv4.core.errors import KernelUnavailable
+from dsv4.kernels.common import cuda
 
 MODULES = [
     import_module(name)
@@ -75,3 +76,15 @@ def test_select_looks_at_the_architecture(monkeypatch: pytest.MonkeyPatch) -> No
     assert select((blackwell, hopper), device) is hopper
     with pytest.raises(KernelUnavailable, match="needs SM 10x, the device is SM 9x"):
         select((blackwell,), device)
+
+
+def test_graphs_that_take_turns_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three graphs, the second and third in turns; what is captured later is beyond all."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(cuda, "_used", {device: 5})
+    monkeypatch.setattr(cuda, "_bases", {})
+    for used, top in ((100, 105), (300, 305), (20, 305)):
+        with cuda.shared_counters(device):
+            assert cuda._used[device] == 5
+            cuda._used[device] += used
+        assert cuda._used[device] == top

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -126,6 +127,7 @@ def load(source: Source, device: torch.device, shared_bytes: int) -> Kernel:
 
 _arenas: dict[tuple[torch.device, int], Tensor] = {}
 _used: dict[torch.device, int] = {}
+_bases: dict[torch.device, int] = {}  # where the counters of graphs that share them begin
 
 
 def zeroed_counters(device: torch.device, count: int) -> Tensor:
@@ -150,6 +152,17 @@ def zeroed_counters(device: torch.device, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)  # zeroed at every replay
     _used[device] = start + count
     return arena[start : start + count]
+
+
+@contextmanager
+def shared_counters(device: torch.device) -> Iterator[None]:
+    """Graphs captured in blocks of this use the same counters: they must not run side by side."""
+    top = _used.get(device, 0)
+    _used[device] = _bases.setdefault(device, top)
+    try:
+        yield
+    finally:
+        _used[device] = max(top, _used[device])
 
 
 def _kind(value: Tensor | int | float | None) -> Any:
