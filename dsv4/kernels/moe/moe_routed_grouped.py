@@ -40,8 +40,8 @@ __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "moe_routed_kernel", "output
 # Up to so many pairs an expert -> tile: BM tokens, or half as many in an expert's last block if
 # they do; BN rows of gate and of up each, twice as many of down.
 CONFIG = {
-    12: {"BM": 16, "BN": 128, "num_warps": 8, "STAGES": 5},
-    24: {"BM": 32, "BN": 128, "num_warps": 8, "STAGES": 4},
+    12: {"BM": 16, "BN": 64, "num_warps": 4, "STAGES": 5},
+    24: {"BM": 32, "BN": 64, "num_warps": 4, "STAGES": 4},
     96: {"BM": 64, "BN": 128, "num_warps": 8, "STAGES": 4},
     1 << 40: {"BM": 128, "BN": 128, "num_warps": 8, "STAGES": 4},
 }

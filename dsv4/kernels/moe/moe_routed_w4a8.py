@@ -40,8 +40,8 @@ Config = Mapping[int, Mapping[str, int]]
 # As moe_routed_grouped.CONFIG. 128 tokens do not fit: all sums, the sums of one step and the scales
 # of the tokens would be 224 registers a thread.
 CONFIG = {
-    12: {"BM": 16, "BN": 128, "num_warps": 8, "STAGES": 4},
-    24: {"BM": 32, "BN": 128, "num_warps": 8, "STAGES": 4},
+    12: {"BM": 16, "BN": 64, "num_warps": 4, "STAGES": 5},
+    24: {"BM": 32, "BN": 64, "num_warps": 4, "STAGES": 4},
     1 << 40: {"BM": 64, "BN": 64, "num_warps": 4, "STAGES": 3},
 }
 QUANTIZE_ROWS, LARGEST_ROWS = 16, 64
