@@ -28,11 +28,11 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 HISTORIES = int(os.environ.get("DSV4_STRESS_HISTORIES", "100"))
 KERNEL_HISTORIES = int(os.environ.get("DSV4_STRESS_KERNEL_HISTORIES", "48"))
-CHUNK, KERNEL_CHUNK = 25, 12
+CHUNK, KERNEL_CHUNK = 50, 12
 SMALL = 8 if DEVICE == "cpu" else 2048  # most rows of a step through the kernels
 EVENTS = (
     "fork", "preempt", "restore", "release", "keep", "prefix hit", "prefix dropped",
-    "copy on write", "fork again", "draft rejected", "abort",
+    "copy on write", "fork again", "draft rejected", "abort", "released in a step",
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_gathered_pages_equal_the_contiguous_cache(page_tokens: int, first: int)
 
 
 def test_a_page_of_three_quanta() -> None:
-    seeds = range(CHUNK // 2)
+    seeds = range(12)
     done = [live(History(crowded(384), seed, oracle_writes), 40) for seed in seeds]
     assert_all_happened(done)
 

@@ -114,21 +114,35 @@ class Life:
             for r, _ in batch:
                 canary.check(r.slot, r.pages, self.tokens[r.number])
         step = self.prepare(batch)
+        gone = [self.rng.choice(batch)[0]] if self.rng.random() < 0.05 else []
+        for r in gone:  # the step goes on writing its rows
+            self.manager.release(r)
+            assert r.is_resident
+            self.events["released in a step"] += 1
+        self.manager.check()
         if self.rng.random() < 0.1:
-            self.manager.check()
             step.abort()
             self.events["abort"] += 1
-            return True
+        else:
+            self._run(step, batch)
+        for r in gone:
+            assert not r.is_resident
+            self._forget(r)
+        return True
+
+    def _run(self, step: Step, batch: Batch) -> None:
         accepted = [self._draw(r, n) for r, n in batch]
         self.after_step(step, accepted)
         for (r, _), a in zip(batch, accepted, strict=True):
             del self.tokens[r.number][r.length + a :]
-            if canary is not None:
+            if (canary := self.manager.canary) is not None:
                 canary.wrote(r.slot, r.pages, self.tokens[r.number], r.length)
         is_all = all(a == n for (_, n), a in zip(batch, accepted, strict=True))
         step.commit(None if is_all else accepted)
         self.events["draft rejected"] += not is_all
-        return True
+
+    def _forget(self, r: CachedRequest) -> None:
+        del self.tokens[r.number], self.upcoming[r.number], self.about[r.number]
 
     def num_new_tokens(self, request: CachedRequest) -> int:
         to_boundary = 128 - request.length % 128
@@ -205,7 +219,7 @@ class Life:
         if request is None:
             return False
         self.manager.release(request)
-        del self.tokens[request.number], self.upcoming[request.number], self.about[request.number]
+        self._forget(request)
         return True
 
     def keep(self) -> bool:
