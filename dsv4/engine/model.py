@@ -66,7 +66,7 @@ class ProductionModel:
 
     stored  (official stored name, tensor) of a whole checkpoint, each copied to the device
     form    how index keys are kept
-    unfused steps to run as their parts, of dsv4.model.trunk.FUSED
+    unfused steps to run as their parts, of dsv4.model.block.FUSED
 
     Raises ConfigError for formats without production kernels.
     """

@@ -64,7 +64,7 @@ class Pending:
     tokens: Tensor
     event: torch.cuda.Event | None
 
-    def wait(self) -> list[int]:
+    def wait(self) -> list:
         """The tokens, once they are there."""
         if self.event is not None:
             self.event.synchronize()

@@ -107,19 +107,22 @@ class DeviceWeights:
 
     @classmethod
     def load(
-        cls, config: ModelConfig, stored: Iterable[tuple[str, Tensor]], device: torch.device | str
-    ) -> DeviceWeights:
+        cls, config: ModelConfig, stored: Iterable[tuple[str, Tensor]], device: torch.device | str,
+        with_mtp: bool = False,
+    ) -> DeviceWeights:  # fmt: skip
         """Copy every tensor of the trunk from `stored`, official stored names, in any order.
 
-        Those of MTP blocks are passed over: nothing here drafts yet. Memory on the host is the
-        caller's: one tensor, if it streams. Raises ConfigError for formats without a production
-        kernel, CheckpointError for missing or unexpected tensors.
+        Those of MTP blocks are passed over unless `with_mtp`. Memory on the host is the caller's:
+        one tensor, if it streams. Raises ConfigError for formats without a production kernel,
+        CheckpointError for missing or unexpected tensors.
         """
         check_served(config)
-        specs = {name: s for name, s in tensor_specs(config).items() if not _is_mtp(name)}
+        specs = tensor_specs(config)
+        if not with_mtp:
+            specs = {name: s for name, s in specs.items() if not _is_mtp(name)}
         weights = cls(config, torch.device(device), specs, _missing=set(specs))
         for name, x in stored:
-            if not _is_mtp(name):
+            if with_mtp or not _is_mtp(name):
                 weights._put(name, x)
         if weights._missing:
             name = min(weights._missing)

@@ -159,9 +159,9 @@ def test_kept_prefixes_save_work_and_change_nothing() -> None:
     fed: list[int] = []
     prefill = engine.stepper.prefill
 
-    def counting(step: Step, ids: Sequence[int], last: Sequence[int]) -> Pending:
+    def counting(step: Step, ids: Sequence[int], *rest: Sequence[int]) -> Pending:
         fed.append(len(ids))
-        return prefill(step, ids, last)
+        return prefill(step, ids, *rest)
 
     engine.stepper.prefill = counting  # type: ignore[method-assign]
     for prompt in work:

@@ -17,7 +17,7 @@ from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
 from dsv4.layers import attention, compressor, mhc
 from dsv4.layers.indexer import IndexerForm
-from dsv4.model.trunk import FUSED
+from dsv4.model.block import FUSED
 from support.oracle_ops import use_oracles
 from support.production import production, random_ids, random_weights, reference, served_config
 

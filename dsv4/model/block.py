@@ -1,0 +1,74 @@
+"""One block: attention and experts, and the way of the streams through several blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dsv4.cache.storage import LayerViews
+from dsv4.core.config import LayerKind, ModelConfig
+from dsv4.core.errors import RequestError
+from dsv4.core.taps import tap
+from dsv4.layers.attention import Attention
+from dsv4.layers.batch import Batch
+from dsv4.layers.indexer import IndexerForm
+from dsv4.layers.mhc import Mixer, leave
+from dsv4.layers.moe import Moe
+from dsv4.layers.weights import WeightView
+
+# Steps that can run as their parts.
+FUSED = ("mhc_post_pre", "latent_kv_norm_pack", "joined_wide_linear")
+
+
+def check_unfused(names: Collection[str]) -> frozenset[str]:
+    """The names as a set. Raises RequestError for one that is not in FUSED."""
+    for name in names:
+        if name not in FUSED:
+            raise RequestError("--unfused", f"of {', '.join(FUSED)}", name)
+    return frozenset(names)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: attention and experts, each entered through its mixer."""
+
+    enter_attention: Mixer
+    attention: Attention
+    enter_experts: Mixer
+    experts: Moe
+    name: str
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, kind: LayerKind, w: WeightView, form: IndexerForm, name: str,
+        unfused: Collection[str] = (),
+    ) -> Block:  # fmt: skip
+        """The block whose weights are `w`; `name` ("layers.3", "mtp.0") begins its taps."""
+        attention = Attention.of(config, kind, w.at("attn"), form, f"{name}.attn", unfused)
+        experts = Moe.of(config, w.at("ffn"), f"{name}.ffn")
+        return cls(
+            Mixer.of(config, w, "attn"), attention, Mixer.of(config, w, "ffn"), experts, name
+        )
+
+
+def run_blocks(
+    blocks: Sequence[Block], x: Tensor, batch: Batch, caches: Sequence[LayerViews], is_fused: bool
+) -> Tensor:
+    """Streams x [T, N, D] through `blocks`, each with its own of `caches` -> [T, N, D]
+
+    Between two sub-layers one op leaves the first and enters the second.
+    """
+    y, gains = blocks[0].enter_attention.enter(x)
+    for j, block in enumerate(blocks):
+        o = block.attention(y, batch, caches[j])
+        x, y, gains = block.enter_experts.leave_and_enter(o, x, gains, is_fused)
+        o = block.experts(y, batch)
+        if j + 1 < len(blocks):
+            following = blocks[j + 1].enter_attention
+            x, y, gains = following.leave_and_enter(o, x, gains, is_fused)
+        else:
+            x = leave(o, x, gains)
+        tap(f"{block.name}.streams", x)
+    return x
