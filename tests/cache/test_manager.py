@@ -484,6 +484,31 @@ def test_the_canary_sees_planted_faults(fault: str) -> None:
         m.canary.check(a.slot, a.pages, [1] * 140)
 
 
+@pytest.mark.parametrize("length", [3, 16, 140])
+def test_the_canary_looks_at_every_row_the_next_token_reads(length: int) -> None:
+    m = small_manager(page_tokens=128, canary=True)
+    assert m.canary is not None
+    a, tokens, W = m.admit(), [k % 7 for k in range(length)], 16
+    grow(m, a, length)
+    m.canary.wrote(a.slot, a.pages, tokens, 0)
+    rings, entries = m.storage.ring_tags, m.storage.entry_tags
+    assert rings is not None
+    assert entries is not None
+    first = max(length - W + 1, 0)  # with itself the window has W tokens
+    rows = [rings[a.slot, p % W] for p in range(first, length)]
+    rows += [entries[a.pages[p // 128], p % 128 // 4] for p in range(3, length, 4)]
+    for row in rows:
+        tag = row.clone()
+        for wrong in (-1, 5):
+            row.fill_(wrong)
+            with pytest.raises(CacheCorruptionError):
+                m.canary.check(a.slot, a.pages, tokens)
+        row.copy_(tag)
+    if length >= W:
+        rings[a.slot, length % W] = -1  # the next token takes this place
+    m.canary.check(a.slot, a.pages, tokens)
+
+
 @pytest.mark.parametrize("end", ["release", "preempt", "release in a step"])
 def test_freed_pages_and_slots_are_poisoned(end: str) -> None:
     m = small_manager(canary=True)

@@ -1,5 +1,6 @@
 """The planner against the published totals, against what is allocated and against itself."""
 
+import json
 import re
 from dataclasses import replace
 from fractions import Fraction
@@ -131,6 +132,19 @@ def growth_of(config: ModelConfig, layer: int, keys: str) -> Fraction:
     key = {"fp8": 132, "mxfp4": 68}[keys]
     each = {LayerKind.SWA: 0, LayerKind.CSA: 584 + key, LayerKind.HCA: 584}[kind]
     return Fraction(each, max(kind.ratio, 1))
+
+
+def test_json_has_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "nano", "--ctx", "700", "--batch", "3", "--page-tokens", "128"]
+    assert main(command) == 0
+    figures = printed_figures(capsys.readouterr().out)
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    for name, key in (
+        ("growth", "kv_growth"), ("token", "kv_token_bytes"), ("request", "kv_request_bytes"),
+        ("page", "kv_page_set_bytes"), ("slot", "kv_fixed_per_request"), ("allocated", "kv_bytes"),
+    ):  # fmt: skip
+        assert figures[name] == report[key], name
 
 
 def test_a_growth_without_a_short_decimal_is_printed_as_a_fraction() -> None:
