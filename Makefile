@@ -46,9 +46,20 @@ stress: $(VENV)/.ready-dev
 aot: $(VENV)/.ready-dev
 	printf '%s\n' 90 100 | xargs -n 1 -P 2 $(BIN)/python tools/aot.py --arch
 
-# Needs a CUDA device and an environment that has torch.
+# Needs a CUDA device and an environment that has torch: here, or with HOST=user@box over ssh there.
+# make gpu HOST=user@box [RUN="shell command"] [LIMIT=seconds] [FOLDER=on the box] [ATTACH=<run>]
+# Results come into build/gpu/<run>/. Ctrl-C ends the run there, a lost connection does not.
+ifeq ($(origin HOST),command line)
+unexport RUN
+gpu: export REMOTE_RUN := $(value RUN)
+gpu:
+	@$(PYTHON) tools/remote.py --run="$$REMOTE_RUN" --limit="$${LIMIT:-3600}" \
+	  --folder="$${FOLDER:-.cache/dsv4-gpu}" --copy="$${COPY:-auto}" \
+	  $${ATTACH:+--attach="$$ATTACH"} -- "$$HOST"
+else
 gpu:
 	$(PYTHON) -m pytest -m gpu tests
+endif
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/nano_cpu.py
