@@ -8,15 +8,15 @@ from pathlib import Path
 from types import TracebackType
 
 import dsv4.nano
-from dsv4.core.errors import RequestError
+from dsv4.core.errors import RequestError, printable
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.engine import Engine
-from dsv4.engine.model import EngineLimits, ProductionModel
+from dsv4.engine.model import DEFAULT_MAX_ROWS, EngineLimits, ProductionModel
 from dsv4.engine.request import EngineRequest
 from dsv4.loader import Checkpoint
 from dsv4.loader.stream import Progress
 from dsv4.text.answer import AnswerStream
-from dsv4.text.chat import Message, encode_chat
+from dsv4.text.chat import THINKING, Message, encode_chat
 from dsv4.text.generation import stop_ids
 from dsv4.text.tokenizer import Tokenizer
 
@@ -80,9 +80,9 @@ class LLM:
     max_tokens    cache for so many tokens of all requests together; max_context each unless given
     prefix_bytes  host memory for prefixes of prompts that are used again
 
-    Weights and cache are allocated here and freed by `close`, or at the end of a with block. Same
-    prompt and seed, same answer, whatever else runs. Raises CheckpointError, ConfigError,
-    CapacityError.
+    Weights and cache are allocated here and freed by `close`, or at the end of a with block. One
+    thread at a time. Raises CheckpointError, ConfigError, RequestError, CapacityError,
+    DeviceUnavailable.
     """
 
     def __init__(
@@ -93,7 +93,9 @@ class LLM:
         folder = dsv4.nano.path() if model == "nano" else Path(model)
         checkpoint = Checkpoint.open(folder)
         self.config, self.tokenizer = checkpoint.config, Tokenizer.open(folder)
-        limits = EngineLimits(max_context, max_requests, max_tokens, prefix_bytes=prefix_bytes)
+        limits = EngineLimits(
+            max_context, max_requests, max_tokens, max(max_requests, DEFAULT_MAX_ROWS), prefix_bytes
+        )
         stored = checkpoint.stream(progress, keep=lambda name: not name.startswith("mtp."))
         runner = ProductionModel(self.config, stored, device, limits)
         self._engine: Engine | None = Engine(runner, stop_ids=stop_ids(folder, self.config))
@@ -129,8 +131,7 @@ class LLM:
         if len(own) != len(prompts):
             raise RequestError("params", f"{len(prompts)}, one a prompt, or a single one", len(own))
         pairs = zip(prompts, own, strict=True)
-        work = [(self._encode(p, thinking), q or SamplingParams()) for p, q in pairs]
-        requests = self._add_all(work, thinking)
+        requests = self._add_all([(p, q or SamplingParams()) for p, q in pairs], thinking)
         try:
             while not all(self._answers[r].is_finished for r in requests):
                 self._step()
@@ -145,8 +146,7 @@ class LLM:
 
         Several streams may be under way: each step of one advances all.
         """
-        work = [(self._encode(prompt, thinking), params or SamplingParams())]
-        (request,) = self._add_all(work, thinking)
+        (request,) = self._add_all([(prompt, params or SamplingParams())], thinking)
         answer = self._answers[request]
         try:
             while answer.events or not answer.is_finished:
@@ -163,27 +163,32 @@ class LLM:
             raise RequestError("llm", "an open one", "closed", "make another LLM")
         return self._engine
 
-    def _encode(self, prompt: Prompt, thinking: str) -> list[int]:
+    def _encode(self, prompt: Prompt, thinking: str) -> tuple[list[int], bool]:
+        """The ids, and whether the answer begins with its reasoning."""
         if isinstance(prompt, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)], False
         if not isinstance(prompt, Sequence):
             raise RequestError("prompt", "a text, ids, or a conversation", prompt)
         items = list(prompt)
         if items and isinstance(items[0], (Message, Mapping)):
-            messages = [m if isinstance(m, Message) else Message(**m) for m in items]  # type: ignore[arg-type]
-            return encode_chat(self.tokenizer, messages, thinking)
-        return items  # type: ignore[return-value]
+            ids = encode_chat(self.tokenizer, [_message(m) for m in items], thinking)
+            return ids, thinking != "off"
+        return items, False  # type: ignore[return-value]
 
     def _add_all(
-        self, work: Sequence[tuple[list[int], SamplingParams]], thinking: str
+        self, work: Sequence[tuple[Prompt, SamplingParams]], thinking: str
     ) -> list[EngineRequest]:
         """Queue all of them, or none."""
         engine, requests = self._running, []
+        if thinking not in THINKING:
+            raise RequestError("thinking", f"one of {THINKING}", thinking)
         try:
-            for ids, params in work:
+            for prompt, params in work:
+                if not isinstance(params, SamplingParams):
+                    raise RequestError("params", "SamplingParams", params)
+                ids, is_thinking = self._encode(prompt, thinking)
                 request = engine.add(ids, params)
                 requests.append(request)
-                is_thinking = thinking != "off"
                 self._answers[request] = _Answer(
                     AnswerStream(
                         self.tokenizer, params.stop, request.stop_ids, request.max_tokens,
@@ -218,6 +223,16 @@ class LLM:
         for request in requests:
             if self._answers.pop(request, None) is not None and self._engine is not None:
                 self._engine.cancel(request)
+
+
+def _message(item: object) -> Message:
+    if isinstance(item, Message):
+        return item
+    try:
+        return Message(**item)  # type: ignore[arg-type]
+    except TypeError as error:
+        expected = "messages with 'role' and 'content'"
+        raise RequestError("prompt", expected, item, printable(error)) from None
 
 
 def _output(request: EngineRequest, events: Sequence[Event]) -> RequestOutput:

@@ -61,7 +61,8 @@ def _dump(args: Namespace, terminal: Terminal, tier: int, path: str) -> None:
 
     parser = ArgumentParser()
     dump.add_arguments(parser, env.read())
-    words = [args.a, "-p", args.prompt, "--tier", str(tier), "--taps", args.taps, "--out", path]
+    words = [args.a, f"--prompt={args.prompt}", f"--taps={args.taps}"]
+    words += ["--tier", str(tier), "--out", path]
     words += ["--device", args.device] if tier == 2 else []
     dump.run(parser.parse_args(words), terminal)
 

@@ -158,10 +158,13 @@ class Session:
 
     def _feed(self, ids: list[int]) -> Tensor:
         """Append `ids` to the cache; logits [V] after the last. A failure forgets the cache."""
-        fed, self._ids = self._ids, []
         new = torch.tensor(ids, device=self.runner.device)
-        logits = self.runner.forward(new, self._cache, last_only=True)
-        self._ids = [*fed, *ids]
+        try:
+            logits = self.runner.forward(new, self._cache, last_only=True)
+        except BaseException:
+            self.reset()
+            raise
+        self._ids += ids
         return logits[-1].cpu()  # sampled there, so that a seed says the same on every device
 
 

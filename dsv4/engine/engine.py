@@ -8,7 +8,8 @@ more than it needed; that token is thrown away.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from dsv4.cache.request import CachedRequest, Step
 from dsv4.core.errors import CapacityError, RequestError
@@ -39,7 +40,7 @@ class Engine:
         self.stepper.capture()
         self._waiting: deque[EngineRequest] = deque()
         self._running: list[EngineRequest] = []
-        self._in_flight: Launch | None = None
+        self._in_flight: deque[Launch] = deque()  # oldest first; two while a step is queued
         self._known: list[Update] = []  # tokens that `step` has not returned yet
         self._prefilled_last = False
 
@@ -76,31 +77,30 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Queue one step, and return (request, token) for what became known of the step before."""
-        launched = self._launch()
-        self._collect()
-        self._in_flight = launched
+        before = len(self._in_flight)
+        self._launch()
+        for _ in range(min(before, len(self._in_flight))):
+            self._collect()
         known, self._known = self._known, []
         return known
 
-    def _launch(self) -> Launch | None:
+    def _launch(self) -> None:
         """Prefill and decode take turns while there is work for both."""
         turns = [self._prefill, self._decode]
         if self._prefilled_last:
             turns.reverse()
         for turn in turns:
-            if (launched := turn()) is not None:
+            if turn():
                 self._prefilled_last = turn == self._prefill
-                return launched
-        if len(self._running) > 1 and self._in_flight is None:
+                return
+        if len(self._running) > 1 and not self._in_flight:
             self._preempt_newest()  # all wait for pages that the others hold
-        return None
 
     def _collect(self) -> None:
-        """Look at the tokens in flight; requests that have ended leave."""
-        if self._in_flight is None:
+        """Look at the tokens of the oldest step in flight; requests that have ended leave."""
+        if not self._in_flight:
             return
-        requests, pending = self._in_flight
-        self._in_flight = None
+        requests, pending = self._in_flight.popleft()
         for request, token in zip(requests, pending.wait(), strict=True):
             if request.is_finished:
                 continue
@@ -120,7 +120,7 @@ class Engine:
 
     # ---- prefill
 
-    def _prefill(self) -> Launch | None:
+    def _prefill(self) -> bool:
         """A chunk of each request that has ids to feed, as many as fit in a step."""
         self._admit()
         room = self.model.limits.max_rows
@@ -131,19 +131,24 @@ class Engine:
                 batch.append(pair)
                 room -= n
         if not batch:
-            return None
+            return False
         step = self.model.prepare(_spans(batch))
-        ids, last, done = [], [], []
+        ids, following, last, done = [], [], [], []
         for request, n in batch:
             held = _cached(request).length
             ids += request.prompt[held : held + n]
+            following += (*request.prompt[held + 1 : held + n + 1], -1)[:n]
             if held + n == len(request.prompt):
                 last.append(len(ids) - 1)
                 done.append(request)
-        launched = self._run(step, done, lambda: self.stepper.prefill(step, ids, last))
-        for request, _ in batch:
+        everybody = [request for request, _ in batch]
+        with self._all_or_none(step, everybody):
+            pending = self.stepper.prefill(step, ids, following, last)
+        step.commit()
+        self._queue(done, pending)
+        for request in everybody:
             self._keep_prefix(request)
-        return launched
+        return True
 
     def _chunk(self, request: EngineRequest) -> int:
         """Ids to feed next; a chunk stops where the prefix of the prompt is to be kept."""
@@ -174,12 +179,12 @@ class Engine:
                     return
             else:
                 request.cached = cache.admit(request.prompt)
-            self._waiting.popleft()
-            self._running.append(request)
             slot = _cached(request).slot
             assert slot is not None
             token = request.tokens[-1] if request.tokens else 0
             self.stepper.table.set(slot, request.params, request.seed, token)
+            self._waiting.popleft()
+            self._running.append(request)
 
     def _try_restore(self, request: EngineRequest) -> bool:
         try:
@@ -197,41 +202,73 @@ class Engine:
 
     # ---- decode
 
-    def _decode(self) -> Launch | None:
-        """One more token for every request whose prompt is fed."""
+    def _decode(self) -> bool:
+        """One more token for every request whose prompt is fed, or two where a draft is right."""
+        each = self.stepper.rows_each
+        while each > 1 and self._in_flight:
+            self._collect()  # how many tokens count must be known before the next step
         ready = [r for r in self._running if r.num_sampled and r.wants_more]
-        while ready and not self.model.cache.demand(_spans([(r, 1) for r in ready])).fits:
-            if self._in_flight is not None:
+        while ready and not self.model.cache.demand(_spans([(r, each) for r in ready])).fits:
+            if self._in_flight:
                 self._collect()  # somebody may have ended
             else:
                 self._preempt_newest()
             ready = [r for r in ready if r in self._running and r.wants_more]
         if not ready:
-            return None
-        step = self.model.prepare(_spans([(r, 1) for r in ready]), self.stepper.padded(len(ready)))
+            return False
+        num_rows = each * self.stepper.padded(len(ready))
+        step = self.model.prepare(_spans([(r, each) for r in ready]), num_rows)
         is_filtered = any(_has_filter(r.params) for r in ready)
-        return self._run(step, ready, lambda: self.stepper.decode(step, len(ready), is_filtered))
+
+        with self._all_or_none(step, ready):
+            pending = self.stepper.decode(step, len(ready), is_filtered)
+            accepted = pending.wait() if each > 1 else None
+        if accepted is None:
+            step.commit()
+            self._queue(ready, pending)
+        else:
+            first, second, counts = accepted
+            step.commit(counts)
+            self._take_accepted(ready, zip(first, second, strict=True), counts)
+        return True
+
+    def _take_accepted(
+        self, requests: Sequence[EngineRequest], tokens: Iterable[tuple[int, int]],
+        counts: Sequence[int],
+    ) -> None:  # fmt: skip
+        for request, pair, count in zip(requests, tokens, counts, strict=True):
+            request.num_sampled += count
+            for token in pair[:count]:
+                if not request.is_finished:
+                    request.take(token)
+                    self._known.append((request, token))
+            if request.is_finished:
+                self._drop(request)
 
     def _preempt_newest(self) -> None:
         """Let the request that came last wait on the host. Its tokens are all known."""
-        assert self._in_flight is None
+        assert not self._in_flight
         assert len(self._running) > 1, "a request that is alone always fits"
         newest = self._running.pop()
         self.model.cache.preempt(_cached(newest))
         self._waiting.appendleft(newest)
 
-    def _run(
-        self, step: Step, requests: list[EngineRequest], launch: Callable[[], Pending]
-    ) -> Launch:
+    @contextmanager
+    def _all_or_none(self, step: Step, requests: Sequence[EngineRequest]) -> Iterator[None]:
+        """End the requests of a step that fails: their rings may be half written."""
         try:
-            pending = launch()
+            yield
         except BaseException:
             step.abort()
+            for request in requests:
+                request.finish_reason = "error"
+                self._drop(request)
             raise
-        step.commit()
+
+    def _queue(self, requests: list[EngineRequest], pending: Pending) -> None:
         for request in requests:
             request.num_sampled += 1
-        return requests, pending
+        self._in_flight.append((requests, pending))
 
 
 def _cached(request: EngineRequest) -> CachedRequest:

@@ -13,15 +13,17 @@ from dsv4.cache.request import CachedRequest, Step
 from dsv4.cache.schema import CacheSchema
 from dsv4.cache.storage import CacheStorage
 from dsv4.core.config import ModelConfig
-from dsv4.core.errors import RequestError
+from dsv4.core.errors import DeviceUnavailable, RequestError
 from dsv4.core.kv_layout import DEFAULT_PAGE_TOKENS
+from dsv4.core.numbers import is_integer
 from dsv4.layers.batch import Batch
 from dsv4.layers.indexer import IndexerForm
 from dsv4.layers.rope import RopeTables
 from dsv4.layers.weights import DeviceWeights
+from dsv4.model.mtp import MtpBlock
 from dsv4.model.trunk import Trunk
 
-DEFAULT_MAX_CONTEXT = 32_768
+DEFAULT_MAX_CONTEXT, DEFAULT_MAX_ROWS = 32_768, 2048
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,38 @@ class EngineLimits:
     max_requests  requests that can be resident at once
     max_tokens    tokens of all resident requests together; None for max_context each
     max_rows      rows of one step, which bounds the memory of activations
-    prefix_bytes  host memory for shared prefixes
+    prefix_bytes  host memory for shared prefixes: of each prompt, its last whole block of 128 ids
+                  and what is before it, so prompts must share all of that to profit
+
+    Raises RequestError for numbers that are no counts.
     page_tokens   tokens of a page
     """
 
     max_context: int | None = None
     max_requests: int = 1
     max_tokens: int | None = None
-    max_rows: int = 512
+    max_rows: int = DEFAULT_MAX_ROWS
     prefix_bytes: int = 0
     page_tokens: int = DEFAULT_PAGE_TOKENS
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("max_context", 2), ("max_requests", 1), ("max_tokens", 1), ("max_rows", 1),
+            ("prefix_bytes", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("max_context", "max_tokens"):
+                continue
+            if not is_integer(value) or value < low:
+                raise RequestError(name, f"an integer from {low}", value)
 
     def context(self, config: ModelConfig) -> int:
         """Tokens of one request, as a number. Raises RequestError for more than the model's."""
         limit = config.max_position_embeddings
         if self.max_context is None:
             return min(limit, DEFAULT_MAX_CONTEXT)
-        if not 1 <= self.max_context <= limit:
-            raise RequestError("max_context", f"1 to {limit:,}", self.max_context)
+        if self.max_context > limit:
+            raise RequestError("max_context", f"2 to {limit:,}", self.max_context)
         return self.max_context
 
     def num_pages(self, config: ModelConfig) -> int:
@@ -61,12 +77,34 @@ class EngineLimits:
         return -(-tokens // self.page_tokens) + self.max_requests + 1
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device with its index. Raises DeviceUnavailable for one that torch cannot use.
+
+    Kernels start on the current device, so it has to be that one.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise DeviceUnavailable(str(device), "expected cuda, cuda:N or cpu") from None
+    if found.type != "cuda":
+        return found
+    if not torch.cuda.is_available():
+        raise DeviceUnavailable(str(found), "torch finds no CUDA device")
+    current = torch.cuda.current_device()
+    if found.index not in (None, current):
+        error = DeviceUnavailable(str(found), f"the current device is cuda:{current}")
+        error.fix = f"set CUDA_VISIBLE_DEVICES={found.index} and use cuda"
+        raise error
+    return torch.device("cuda", current)
+
+
 class ProductionModel:
     """DeepSeek-V4 on quantised weights and a paged cache.
 
     stored  (official stored name, tensor) of a whole checkpoint, each copied to the device
     form    how index keys are kept
     unfused steps to run as their parts, of dsv4.model.block.FUSED
+    with_mtp whether to load the first MTP block, for drafts
 
     Raises ConfigError for formats without production kernels.
     """
@@ -74,19 +112,20 @@ class ProductionModel:
     def __init__(
         self, config: ModelConfig, stored: Iterable[tuple[str, Tensor]],
         device: torch.device | str = "cuda", limits: EngineLimits | None = None,
-        form: IndexerForm | None = None, unfused: Collection[str] = (),
+        form: IndexerForm | None = None, unfused: Collection[str] = (), with_mtp: bool = False,
     ) -> None:  # fmt: skip
         limits, form = limits or EngineLimits(), form or IndexerForm()
-        self.config, self.device = config, torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.config, self.device = config, usable_device(device)
         self.limits, self.max_context = limits, limits.context(config)
         if limits.max_rows < limits.max_requests:
             expected = f"max_requests {limits.max_requests} or more"
             raise RequestError("max_rows", expected, limits.max_rows)
-        weights = DeviceWeights.load(config, stored, self.device)
+        if with_mtp and not (config.num_nextn_predict_layers and not config.dspark_block_size):
+            raise RequestError("with_mtp", "a checkpoint with an MTP block", with_mtp)
+        weights = DeviceWeights.load(config, stored, self.device, with_mtp)
         # The trunk keeps what it uses: matrices that it joins are not held twice.
         self.trunk, self.weight_bytes = Trunk.of(config, weights, form, unfused), weights.nbytes
+        self.mtp = MtpBlock.of(config, weights, form, unfused) if with_mtp else None
         del weights
         schema = CacheSchema.of(
             config, num_pages=limits.num_pages(config), num_slots=limits.max_requests,
@@ -104,10 +143,13 @@ class ProductionModel:
         """See CacheManager.prepare."""
         return self.cache.prepare(batch, num_rows)
 
-    def streams(self, step: Step, ids: Tensor, is_prefill: bool) -> Tensor:
-        """Run a prepared step: ids [T] of its rows -> streams [T, N, D]. The caller ends it."""
-        batch = Batch.of(
+    def batch(self, step: Step, ids: Tensor, is_prefill: bool) -> Batch:
+        """The rows of a prepared step with their ids [T]."""
+        return Batch.of(
             ids, step.rows, step.page_table, self.ropes, self.limits.page_tokens, is_prefill,
             self.trunk.embedding.dtype,
         )  # fmt: skip
-        return self.trunk.streams(batch, self.storage)
+
+    def streams(self, step: Step, ids: Tensor, is_prefill: bool) -> Tensor:
+        """Run a prepared step: ids [T] of its rows -> streams [T, N, D]. The caller ends it."""
+        return self.trunk.streams(self.batch(step, ids, is_prefill), self.storage)

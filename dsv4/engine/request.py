@@ -19,7 +19,7 @@ class EngineRequest:
     max_tokens  of the answer, no more than the context has room for
     seed        the request's own, or one drawn for it
     tokens      ids of the answer that the host knows
-    finish_reason  None, "stop", "length" or "cancelled"
+    finish_reason  None, "stop", "length", "cancelled", or "error" where a step failed
     cached      its place in the cache; None while it waits for the first time, and afterwards
     num_sampled tokens chosen on the device, of which the host may not know the last yet
     """

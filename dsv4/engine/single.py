@@ -40,17 +40,19 @@ class SingleSequence:
         Raises RequestError for ids outside the vocabulary or a context that grows too long.
         """
         self._check_ids(ids, cache.length)
-        chunks = ids.split(self.model.limits.max_rows)
-        outs = [self._step(chunk, cache) for chunk in chunks]
-        streams = outs[-1][-1:] if last_only else torch.cat(outs)
-        return self.model.trunk.logits(streams)
+        outs = []
+        for chunk in ids.split(self.model.limits.max_rows):
+            streams = self._step(chunk, cache, is_prefill=len(ids) > 1)
+            outs = [streams[-1:]] if last_only else [*outs, streams]
+        return self.model.trunk.logits(torch.cat(outs))
 
-    def _step(self, ids: Tensor, cache: CachedRequest) -> Tensor:
+    def _step(self, ids: Tensor, cache: CachedRequest, is_prefill: bool) -> Tensor:
         step = self.model.prepare([(cache, len(ids))])
         try:
-            streams = self.model.streams(step, ids, is_prefill=len(ids) > 1)
-        except BaseException:
+            streams = self.model.streams(step, ids, is_prefill)
+        except BaseException:  # its rings may be half written
             step.abort()
+            self.close()
             raise
         step.commit()
         return streams

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from dsv4.cache.request import Step
-from dsv4.cache.step import StepRows
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.model import ProductionModel
 from dsv4.kernels.common.cuda import shared_counters
+from dsv4.layers.batch import Batch
 from dsv4.ops.sampling import sample
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
+MAX_TEMPERATURE, MAX_TOP_K = 1e38, (1 << 31) - 1  # what the table's columns hold
 WARM_UPS = 2  # runs of a step before its capture
 
 
@@ -41,20 +42,20 @@ class SlotTable:
     def set(self, slot: int, params: SamplingParams, seed: int, token: int = 0) -> None:
         """Write the row of a slot."""
         signed = seed - (1 << 64) if seed >> 63 else seed
+        temperature = min(params.temperature, MAX_TEMPERATURE)  # all are alike from there on
+        top_k = min(params.top_k, MAX_TOP_K)
         for column, value in (
-            (self.token, token), (self.seed, signed), (self.temperature, params.temperature),
-            (self.top_k, params.top_k), (self.top_p, params.top_p), (self.min_p, params.min_p),
+            (self.token, token), (self.seed, signed), (self.temperature, temperature),
+            (self.top_k, top_k), (self.top_p, params.top_p), (self.min_p, params.min_p),
         ):  # fmt: skip
             column[slot] = value
 
-    def choose(self, logits: Tensor, row: Tensor, position: Tensor, is_filtered: bool) -> Tensor:
+    def draw(self, logits: Tensor, row: Tensor, position: Tensor, is_filtered: bool) -> Tensor:
         """logits [B, V]; row [B] of the table; position [B] of the tokens drawn -> ids [B]"""
         filters: tuple[Tensor, ...] = ()
         if is_filtered:
             filters = self.top_k[row], self.top_p[row], self.min_p[row]
-        ids = sample(logits, self.temperature[row], self.seed[row], position, *filters)
-        self.token[row] = ids
-        return ids
+        return sample(logits, self.temperature[row], self.seed[row], position, *filters)
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ class Pending:
 
 
 class Stepper:
-    """Runs prepared steps of a model.
+    """Runs prepared steps of a model: one row of a decode step for each request.
 
     sizes       batch sizes of decode steps; a smaller batch is padded
     use_graphs  capture decode steps (CUDA); else they run eagerly
     """
+
+    rows_each = 1  # rows of a decode step that a request has
 
     def __init__(
         self, model: ProductionModel, sizes: Sequence[int] = DECODE_SIZES,
@@ -95,35 +98,54 @@ class Stepper:
         return next(size for size in self.sizes if size >= count)
 
     @torch.inference_mode()
-    def prefill(self, step: Step, ids: Sequence[int], last: Sequence[int]) -> Pending:
-        """Run the chunks of a step; choose a token after each row of `last`."""
+    def prefill(
+        self, step: Step, ids: Sequence[int], following: Sequence[int], last: Sequence[int]
+    ) -> Pending:
+        """Run the chunks of a step; choose a token after each row of `last`.
+
+        following  the id after each row, of which those after `last` are not known: any number
+        """
         device = self.model.device
-        streams = self.model.streams(step, torch.tensor(ids, device=device), is_prefill=True)
-        if not last:
-            return Pending(torch.empty(0, dtype=torch.int64), None)
-        at = torch.tensor(last, device=device)
-        logits = self.model.trunk.logits(streams[at])
-        chosen = self.table.choose(
-            logits, step.rows.slot[at], step.rows.position[at] + 1, is_filtered=True
-        )
+        batch = self.model.batch(step, torch.tensor(ids, device=device), is_prefill=True)
+        streams = self.model.trunk.streams(batch, self.model.storage)
+        at = torch.tensor(last, dtype=torch.int64, device=device)
+        slots = step.rows.slot[at]
+        chosen = at
+        if last:
+            logits = self.model.trunk.logits(streams[at])
+            position = step.rows.position[at] + 1
+            chosen = self.table.draw(logits, slots, position, is_filtered=True)
+            self.table.token[slots] = chosen
+        self._draft_prompts(batch, streams, following, at, chosen)
         return _to_host(chosen)
+
+    def _draft_prompts(
+        self, batch: Batch, streams: Tensor, following: Sequence[int], at: Tensor, chosen: Tensor
+    ) -> None:
+        """Nothing: see DraftingStepper."""
 
     @torch.inference_mode()
     def decode(self, step: Step, count: int, is_filtered: bool) -> Pending:
-        """One more token for each of the first `count` rows of a step padded to one of `sizes`."""
-        size = len(step.rows.slot)
+        """One more token for each of the first `count` requests of a padded step."""
+        size = len(step.rows.slot) // self.rows_each
         run = self._graphs.get((size, is_filtered))
-        chosen = run() if run is not None else self._decode(step, size, is_filtered)
-        return _to_host(chosen[:count])
+        chosen = run() if run is not None else self._decode(step, is_filtered)
+        return _to_host(chosen[..., :count])
 
-    def _decode(self, step: Step, size: int, is_filtered: bool) -> Tensor:
-        rows: StepRows = step.rows
-        live = rows.slot >= 0
-        at = torch.where(live, rows.slot, len(self.table.token) - 1)
+    def _decode(self, step: Step, is_filtered: bool) -> Tensor:
+        rows = step.rows
+        live, at = self._table_rows(rows.slot)
         ids = torch.where(live, self.table.token[at], -1)
         streams = self.model.streams(step, ids, is_prefill=False)
         logits = self.model.trunk.logits(streams)
-        return self.table.choose(logits, at, rows.position + 1, is_filtered)
+        chosen = self.table.draw(logits, at, rows.position + 1, is_filtered)
+        self.table.token[at] = chosen
+        return chosen
+
+    def _table_rows(self, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows are live, and the row of the table of each; padding has the last."""
+        live = slot >= 0
+        return live, torch.where(live, slot, len(self.table.token) - 1)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -136,21 +158,21 @@ class Stepper:
             return
         for size in reversed(self.sizes):  # the largest first: later graphs fit in its memory
             for is_filtered in (False, True):
-                step = self.model.prepare([], num_rows=size)
-                self._graphs[size, is_filtered] = self._record(step, size, is_filtered)
+                step = self.model.prepare([], num_rows=size * self.rows_each)
+                self._graphs[size, is_filtered] = self._record(step, is_filtered)
                 step.commit()
 
-    def _record(self, step: Step, size: int, is_filtered: bool) -> Callable[[], Tensor]:
+    def _record(self, step: Step, is_filtered: bool) -> Callable[[], Tensor]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                self._decode(step, size, is_filtered)
+                self._decode(step, is_filtered)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Graphs of one stepper run one after the other, so they may share counters and memory.
         with shared_counters(self.model.device), torch.cuda.graph(graph, pool=self._pool):
-            chosen = self._decode(step, size, is_filtered)
+            chosen = self._decode(step, is_filtered)
 
         def run() -> Tensor:
             graph.replay()

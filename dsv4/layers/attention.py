@@ -81,9 +81,10 @@ class Attention:
         q = q_norm_rope(q, rope.cos, rope.sin, rows.position, c.rms_norm_eps)
         tap(f"{self.name}.q", q)
         o = self._attend(x, latent, q, page, batch, cache)
-        window = cache.window, rows.slot, rows.position, rows.end_position
-        sizes = c.sliding_window, c.qk_rope_head_dim
-        batch.after_verification(lambda: kv_window_append(kv, *window, *sizes))
+        kv_window_append(
+            kv, cache.window, rows.slot, rows.position, rows.end_position, c.sliding_window,
+            c.qk_rope_head_dim,
+        )  # fmt: skip
         out = self.wo_b(self.wo_a(o.flatten(1)))
         tap(f"{self.name}.out", out)
         return out

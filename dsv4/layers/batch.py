@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class Batch:
     is_padding  [T] bool: rows that must not touch anything
     page_tokens original tokens of a page
     dtype       of activations
-    deferred    where appends to rings wait until the step's drafts are verified; None: none waits
     """
 
     ids: Tensor
@@ -41,7 +40,6 @@ class Batch:
     is_padding: Tensor
     page_tokens: int
     dtype: torch.dtype
-    deferred: list[Callable[[], None]] | None = None
 
     @classmethod
     def of(
@@ -64,17 +62,6 @@ class Batch:
             page_tokens,
             dtype,
         )
-
-    def after_verification(self, append: Callable[[], None]) -> None:
-        """Do `append` now, or keep it until the drafts of the step are verified."""
-        if self.deferred is None:
-            append()
-        else:
-            self.deferred.append(append)
-
-    def deferring(self) -> Batch:
-        """The same rows, whose appends wait."""
-        return replace(self, deferred=[])
 
     def __len__(self) -> int:
         return len(self.ids)

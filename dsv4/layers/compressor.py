@@ -89,8 +89,10 @@ class Compressor:
 
     def append(self, new: CompressorRows, batch: Batch, state: Tensor) -> None:
         """Keep the rows for later windows: after the inserts, which read what this overwrites."""
-        args = state, batch.rows.slot, batch.rows.position, batch.rows.end_position
-        batch.after_verification(lambda: compressor_state_append(new.kappa, new.gamma, *args))
+        rows = batch.rows
+        compressor_state_append(
+            new.kappa, new.gamma, state, rows.slot, rows.position, rows.end_position
+        )
 
     def _args(
         self, new: CompressorRows, batch: Batch, state: Tensor, pages: Tensor, per_page: int

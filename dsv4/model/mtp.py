@@ -53,10 +53,7 @@ class MtpBlock:
 
     @torch.inference_mode()
     def streams(self, streams: Tensor, next_ids: Tensor, batch: Batch, cache: LayerViews) -> Tensor:
-        """Rows of a step: trunk streams [T, N, D] and the ids that follow [T] -> [T, N, D]
-
-        The block's window takes rows below end_position, so drafts must be verified before.
-        """
+        """Rows of a step: trunk streams [T, N, D] and the ids that follow [T] -> [T, N, D]"""
         eps = self.config.rms_norm_eps
         embedded = embed_streams(next_ids, self.embedding, 1).flatten(1)
         e = self.e_proj(rms_norm(embedded, self.enorm, eps))

@@ -36,7 +36,7 @@ def test_flags_of_tier_1_are_refused(dsv4, flags):
     assert "--tier 1" in err
 
 
-@pytest.mark.parametrize("context", ["0", "1048577"])
+@pytest.mark.parametrize("context", ["0", "1", "1048577"])
 def test_a_context_that_cannot_be(dsv4, context):
     code, _, err = dsv4(*PARIS, "--max-context", context)
     assert code == USAGE
