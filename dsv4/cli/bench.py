@@ -117,7 +117,8 @@ def _row(
         for request in requests:
             model.cache.release(request)
         shape |= {"context": context, "B": batch}
-        nbytes, tokens = step_bytes(c, batch, context).total, batch
+        nbytes = step_bytes(c, batch, context, experts_hit=times.experts_hit).total
+        tokens = batch
     else:
         times = time_prefill(model, context, trace)
         shape |= {"T": context}
@@ -128,6 +129,7 @@ def _row(
         "us": round(times.us, 1), "gbps": round(gbps, 1), "tflops": 0.0,
         "roof": round(gbps / peak, 4) if nbytes else None, "l2": "cold", "baseline": None,
         "baseline_us": None, "tps": round(1e6 * tokens / times.us, 1), "launches": times.launches,
+        "experts_hit": round(times.experts_hit, 1),
         "gpu": torch.cuda.get_device_name(model.device), "torch": torch.__version__,
         "triton": _version("triton"), "commit": commit(), "date": date.today().isoformat(),
     }  # fmt: skip

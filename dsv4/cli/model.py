@@ -209,8 +209,9 @@ def context_limit(args: Namespace, config: ModelConfig) -> int:
         return EngineLimits().context(config)
     if args.max_context is None:
         return limit
-    if not 1 <= args.max_context <= limit:
-        raise RequestError("--max-context", f"1 to {limit:,}", args.max_context)
+    low = 2 if args.tier == 2 else 1  # a prompt and a token
+    if not low <= args.max_context <= limit:
+        raise RequestError("--max-context", f"{low} to {limit:,}", args.max_context)
     return args.max_context
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dsv4.cache.request import CachedRequest, Step
+from dsv4.core.kv_layout import KvRecord
 from dsv4.core.sampling import SamplingParams
+from dsv4.core.taps import capture
 from dsv4.engine.model import ProductionModel
 from dsv4.engine.stepper import Stepper
 
-REPLAYS, WARM_UPS = 30, 3
-FILL_LOW, FILL_HIGH = 0x30, 0x40  # bytes that are small numbers as FP8, BF16, UE8M0 and FP32
+REPLAYS, RUNS, WARM_UPS = 11, 5, 3  # measurements, steps between two events, steps before
+FILL_LOW, FILL_HIGH = 0x30, 0x40  # bytes that are small numbers as FP8, BF16 and FP32
+SCALE_LOW, SCALE_HIGH = 0x7C, 0x80  # UE8M0: 1/8 to 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class StepTime:
 
     us: float
     kernels: tuple[KernelTime, ...]
+    experts_hit: float = 0.0  # different ones a layer, on average
 
     @property
     def launches(self) -> int:
@@ -45,8 +50,13 @@ class StepTime:
 
 def fill_contexts(model: ProductionModel, count: int, context: int) -> list[CachedRequest]:
     """Requests of `context` tokens whose cache holds numbers, but no text: nothing is computed."""
+    schema, config = model.storage.schema, model.config
     for store in (model.storage.pages, model.storage.states):
         store.random_(FILL_LOW, FILL_HIGH)
+    for layer, views in zip(schema.layers, model.storage.layers, strict=True):
+        _fill_scales(views.window, config.sliding_window, KvRecord.of(config))
+        if views.entries is not None:
+            _fill_scales(views.entries, layer.entries_per_page, KvRecord.of(config))
     requests = [model.cache.admit() for _ in range(count)]
     for request in requests:
         while request.length < context:
@@ -55,21 +65,33 @@ def fill_contexts(model: ProductionModel, count: int, context: int) -> list[Cach
     return requests
 
 
+def _fill_scales(pages: Tensor, rows: int, record: KvRecord) -> None:
+    """Scales near 1 in every record: else all keys would be zeros, and all tokens alike."""
+    pages[:, rows * record.data_bytes : rows * record.nbytes].random_(SCALE_LOW, SCALE_HIGH)
+
+
 def time_decode(
     stepper: Stepper, requests: list[CachedRequest], trace: Path | None = None
 ) -> StepTime:
-    """One decode step of all `requests`, replayed: greedy, the same position every time."""
-    for request in requests:
+    """One decode step of all `requests`, replayed at the same position, each drawing its own way.
+
+    Tokens go from step to step, so experts change; `experts_hit` is what one step hits.
+    """
+    vocabulary = stepper.model.config.vocab_size
+    for i, request in enumerate(requests):
         assert request.slot is not None
-        stepper.table.set(request.slot, SamplingParams(temperature=0), seed=0, token=7)
-    step = stepper.model.prepare([(r, 1) for r in requests], stepper.padded(len(requests)))
-
-    def run() -> None:
-        stepper.decode(step, len(requests), is_filtered=False)
-
-    result = _measure(run, trace)
-    step.abort()
-    return result
+        params = SamplingParams(temperature=1.0)
+        stepper.table.set(request.slot, params, seed=i, token=(7919 * (i + 1)) % vocabulary)
+    num_rows = stepper.rows_each * stepper.padded(len(requests))
+    step = stepper.model.prepare([(r, stepper.rows_each) for r in requests], num_rows)
+    try:
+        with capture(["*.router.ids"]) as taps:
+            stepper.run_eagerly(step, is_filtered=False)
+        hit = [len(ids[ids >= 0].unique()) for ids in taps.tensors().values()]
+        result = _measure(lambda: stepper.run_decode(step, is_filtered=False), trace)
+        return replace(result, experts_hit=sum(hit) / len(hit))
+    finally:
+        step.abort()
 
 
 def time_prefill(model: ProductionModel, num_tokens: int, trace: Path | None = None) -> StepTime:
@@ -82,13 +104,14 @@ def time_prefill(model: ProductionModel, num_tokens: int, trace: Path | None = N
     def run() -> None:
         model.trunk.logits(model.streams(step, ids, is_prefill=True)[-1:])
 
-    result = _measure(run, trace)
-    step.abort()
-    model.cache.release(request)
-    return result
+    try:
+        return _measure(run, trace)
+    finally:
+        step.abort()
+        model.cache.release(request)
 
 
-def _measure(run: Callable[[], None], trace: Path | None) -> StepTime:
+def _measure(run: Callable[[], object], trace: Path | None) -> StepTime:
     for _ in range(WARM_UPS):
         run()
     torch.cuda.synchronize()
@@ -96,10 +119,11 @@ def _measure(run: Callable[[], None], trace: Path | None) -> StepTime:
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        for _ in range(RUNS):
+            run()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
+        times.append(1e3 * start.elapsed_time(end) / RUNS)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsv4.cache.request import Step
 from dsv4.core.errors import RequestError
-from dsv4.engine.model import ProductionModel
+from dsv4.engine.model import MAX_DECODE_ROWS, ProductionModel
 from dsv4.engine.stepper import DECODE_SIZES, Stepper
 from dsv4.layers.batch import Batch
 
@@ -36,9 +36,10 @@ class DraftingStepper(Stepper):
     ) -> None:  # fmt: skip
         if model.mtp is None:
             raise RequestError("model", "one that was built with_mtp", "a model without drafts")
-        if 2 * model.limits.max_requests > model.limits.max_rows:
-            expected = f"{2 * model.limits.max_requests} or more, two a request"
-            raise RequestError("max_rows", expected, model.limits.max_rows)
+        most = min(model.limits.max_rows, MAX_DECODE_ROWS) // self.rows_each
+        if model.limits.max_requests > most:
+            got = model.limits.max_requests
+            raise RequestError("max_requests", f"1 to {most}, two rows each", got)
         super().__init__(model, sizes, use_graphs)
         self.mtp, self.window = model.mtp, model.storage.layers[model.config.num_hidden_layers]
         self.draft = torch.zeros_like(self.table.token)  # after the last token, by slot

@@ -187,10 +187,14 @@ class Engine:
             self._running.append(request)
 
     def _try_restore(self, request: EngineRequest) -> bool:
-        try:
-            self.model.cache.restore(_cached(request))
-        except CapacityError:
+        """Bring a request back once all could grow by a page: else it would soon be out again."""
+        cache, cached = self.model.cache, _cached(request)
+        assert cached.snapshot is not None
+        demand = cache.demand([])
+        spare = demand.free + demand.reclaimable - cached.snapshot.num_pages
+        if self._running and spare <= len(self._running):
             return False
+        cache.restore(cached)
         return True
 
     def _fitting(

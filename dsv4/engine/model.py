@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from dsv4.layers.weights import DeviceWeights
 from dsv4.model.mtp import MtpBlock
 from dsv4.model.trunk import Trunk
 
+MAX_DECODE_ROWS = 64  # of one step: so many the kernels for few rows take
 DEFAULT_MAX_CONTEXT, DEFAULT_MAX_ROWS = 32_768, 2048
 
 
@@ -37,9 +39,9 @@ class EngineLimits:
     max_rows      rows of one step, which bounds the memory of activations
     prefix_bytes  host memory for shared prefixes: of each prompt, its last whole block of 128 ids
                   and what is before it, so prompts must share all of that to profit
+    page_tokens   tokens of a page
 
     Raises RequestError for numbers that are no counts.
-    page_tokens   tokens of a page
     """
 
     max_context: int | None = None
@@ -54,11 +56,12 @@ class EngineLimits:
             ("max_context", 2), ("max_requests", 1), ("max_tokens", 1), ("max_rows", 1),
             ("prefix_bytes", 0),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name in ("max_context", "max_tokens"):
-                continue
-            if not is_integer(value) or value < low:
+            value: Any = getattr(self, name)
+            is_unset = name in ("max_context", "max_tokens") and value is None
+            if not (is_unset or _is_count(value, low)):
                 raise RequestError(name, f"an integer from {low}", value)
+        if self.max_requests > MAX_DECODE_ROWS:
+            raise RequestError("max_requests", f"1 to {MAX_DECODE_ROWS}", self.max_requests)
 
     def context(self, config: ModelConfig) -> int:
         """Tokens of one request, as a number. Raises RequestError for more than the model's."""
@@ -75,6 +78,10 @@ class EngineLimits:
         if tokens is None:
             tokens = self.max_requests * self.context(config)
         return -(-tokens // self.page_tokens) + self.max_requests + 1
+
+
+def _is_count(value: Any, low: int) -> bool:
+    return is_integer(value) and value >= low
 
 
 def usable_device(device: torch.device | str) -> torch.device:

@@ -31,12 +31,16 @@ class StepBytes:
 
 
 def step_bytes(
-    config: ModelConfig, batch: int, context: int, index_keys: IndexKeys = "fp8"
-) -> StepBytes:
-    """Of a step with one token for each of `batch` requests of `context` tokens."""
+    config: ModelConfig, batch: int, context: int, index_keys: IndexKeys = "fp8",
+    experts_hit: float | None = None,
+) -> StepBytes:  # fmt: skip
+    """Of a step with one token for each of `batch` requests of `context` tokens.
+
+    experts_hit  different experts a layer; as many as uniform routing hits unless given
+    """
     linears = experts = head = 0.0
     E, K = config.n_routed_experts, config.num_experts_per_tok
-    share_hit = 1 - (1 - K / E) ** batch
+    share_hit = 1 - (1 - K / E) ** batch if experts_hit is None else experts_hit / E
     for name, spec in tensor_specs(config).items():
         if name.startswith(("mtp.", "embed.")) or name.endswith((".tid2eid", "input_scale")):
             continue  # of tables a step reads a row a token

@@ -127,10 +127,18 @@ class Stepper:
     @torch.inference_mode()
     def decode(self, step: Step, count: int, is_filtered: bool) -> Pending:
         """One more token for each of the first `count` requests of a padded step."""
-        size = len(step.rows.slot) // self.rows_each
-        run = self._graphs.get((size, is_filtered))
-        chosen = run() if run is not None else self._decode(step, is_filtered)
-        return _to_host(chosen[..., :count])
+        return _to_host(self.run_decode(step, is_filtered)[..., :count])
+
+    @torch.inference_mode()
+    def run_decode(self, step: Step, is_filtered: bool) -> Tensor:
+        """The same for all rows, without a copy to the host."""
+        run = self._graphs.get((len(step.rows.slot) // self.rows_each, is_filtered))
+        return run() if run is not None else self._decode(step, is_filtered)
+
+    @torch.inference_mode()
+    def run_eagerly(self, step: Step, is_filtered: bool) -> Tensor:
+        """The same without a graph, whatever was captured: taps see it."""
+        return self._decode(step, is_filtered)
 
     def _decode(self, step: Step, is_filtered: bool) -> Tensor:
         rows = step.rows

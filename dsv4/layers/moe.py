@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dsv4.core.config import ModelConfig
 from dsv4.core.taps import tap
@@ -15,6 +16,8 @@ from dsv4.layers.weights import ExpertStack, WeightView
 from dsv4.ops.activation import gate_up_swiglu
 from dsv4.ops.moe import moe_routed
 from dsv4.ops.router import router_hash, router_topk
+
+FEW_ROWS = 64  # up to which the op takes its kernels for few rows
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,17 @@ class Moe:
         ids, weights = self.router(x, batch)
         tap(f"{self.name}.router.ids", ids)
         tap(f"{self.name}.router.weights", weights)
-        e = self.experts
+        e, shared = self.experts, self.shared(x)
+        # Kernels for few rows and for many differ in the last bits, so prompts always take the one
+        # for many: rows that no expert sees make up the number.
+        missing = max(FEW_ROWS + 1 - len(x), 0) if batch.is_prefill else 0
+        if missing:
+            x, weights, shared = (pad(t, (0, 0, 0, missing)) for t in (x, weights, shared))
+            ids = pad(ids, (0, 0, 0, missing), value=-1)
         out = moe_routed(
             x, ids, weights, e.codes["w1"], e.scales["w1"], e.codes["w3"], e.scales["w3"],
-            e.codes["w2"], e.scales["w2"], e.global_scale, self.shared(x),
-            self.config.swiglu_limit, 0, e.format,
-        )  # fmt: skip
+            e.codes["w2"], e.scales["w2"], e.global_scale, shared, self.config.swiglu_limit, 0,
+            e.format,
+        )[: len(x) - missing]  # fmt: skip
         tap(f"{self.name}.out", out)
         return out

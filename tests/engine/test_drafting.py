@@ -166,5 +166,5 @@ def test_what_cannot_draft() -> None:
         production(served_config(), random_weights(served_config()), with_mtp=True)
     with pytest.raises(RequestError, match="with_mtp"):
         DraftingStepper(tiny(with_mtp=False))
-    with pytest.raises(RequestError, match="max_rows"):
+    with pytest.raises(RequestError, match="max_requests"):
         DraftingStepper(tiny(with_mtp=True, max_requests=40))

@@ -101,3 +101,24 @@ def test_closed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     it.close()
     with pytest.raises(RequestError, match="closed"):
         it.generate(FRANCE)
+
+
+def test_thinking_is_for_conversations(llm: LLM) -> None:
+    (plain,), (told,) = (llm.generate(FRANCE, GREEDY, thinking=t) for t in ("off", "low"))
+    assert plain == told
+    with pytest.raises(RequestError, match="thinking"):
+        llm.generate(FRANCE, GREEDY, thinking="bogus")
+    (out,) = llm.generate([[Message("user", "Hello")]], GREEDY, thinking="low")
+    assert out.outputs[0].reasoning
+    assert not out.outputs[0].text
+
+
+@pytest.mark.parametrize(
+    "prompt", [[{"role": "user"}], [{"name": "x"}], [Message("user", "a"), 3], 5], ids=str
+)
+def test_conversations_that_are_none(llm: LLM, prompt: object) -> None:
+    with pytest.raises(RequestError, match="prompt"):
+        llm.generate([prompt], GREEDY)  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="params"):
+        llm.generate(FRANCE, {"temperature": 0})  # type: ignore[arg-type]
+    leaves_nothing(llm)

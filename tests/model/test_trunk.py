@@ -15,7 +15,7 @@ from dsv4.core.inventory import tensor_specs
 from dsv4.core.taps import capture
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
-from dsv4.layers import attention, compressor, mhc
+from dsv4.layers import attention, compressor, mhc, moe
 from dsv4.layers.indexer import IndexerForm
 from dsv4.model.block import FUSED
 from support.oracle_ops import use_oracles
@@ -160,3 +160,22 @@ def tensors_of(model: ProductionModel) -> list[Tensor]:
         elif is_dataclass(x) and not isinstance(x, ModelConfig):
             todo += [getattr(x, f.name) for f in fields(x)]
     return found
+
+
+def test_prompts_of_any_length_take_the_experts_for_many_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_oracles(monkeypatch)
+    seen, oracle = [], moe.moe_routed
+
+    def watching(x: Tensor, ids: Tensor, *rest: object) -> Tensor:
+        seen.append((len(x), int((ids >= 0).any(dim=1).sum())))
+        return oracle(x, ids, *rest)
+
+    monkeypatch.setattr(moe, "moe_routed", watching)
+    one = SingleSequence(production(CONFIG, WEIGHTS))
+    cache = one.new_cache()
+    for n in (2, 64, 70, 1):
+        one.forward(random_ids(CONFIG, n), cache)
+    sizes = [(65, 2), (65, 64), (70, 70), (1, 1)]
+    assert seen == [size for size in sizes for _ in range(CONFIG.num_hidden_layers)]
