@@ -10,9 +10,11 @@ from types import TracebackType
 import dsv4.nano
 from dsv4.core.errors import RequestError, printable
 from dsv4.core.sampling import SamplingParams
+from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import DEFAULT_MAX_ROWS, EngineLimits, ProductionModel
 from dsv4.engine.request import EngineRequest
+from dsv4.engine.stepper import Stepper
 from dsv4.loader import Checkpoint
 from dsv4.loader.stream import Progress
 from dsv4.text.answer import AnswerStream
@@ -79,6 +81,7 @@ class LLM:
     max_requests  requests that run at a time; others wait
     max_tokens    cache for so many tokens of all requests together; max_context each unless given
     prefix_bytes  host memory for prefixes of prompts that are used again
+    drafts        let the MTP block draft a token a step; answers stay what they are
 
     Weights and cache are allocated here and freed by `close`, or at the end of a with block. One
     thread at a time. Raises CheckpointError, ConfigError, RequestError, CapacityError,
@@ -88,7 +91,7 @@ class LLM:
     def __init__(
         self, model: str | Path = "nano", *, device: str = "cuda", max_context: int | None = None,
         max_requests: int = 16, max_tokens: int | None = None, prefix_bytes: int = 0,
-        progress: Progress | None = None,
+        drafts: bool = False, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         folder = dsv4.nano.path() if model == "nano" else Path(model)
         checkpoint = Checkpoint.open(folder)
@@ -96,9 +99,10 @@ class LLM:
         limits = EngineLimits(
             max_context, max_requests, max_tokens, max(max_requests, DEFAULT_MAX_ROWS), prefix_bytes
         )
-        stored = checkpoint.stream(progress, keep=lambda name: not name.startswith("mtp."))
-        runner = ProductionModel(self.config, stored, device, limits)
-        self._engine: Engine | None = Engine(runner, stop_ids=stop_ids(folder, self.config))
+        stored = checkpoint.stream(progress, lambda n: drafts or not n.startswith("mtp."))
+        runner = ProductionModel(self.config, stored, device, limits, with_mtp=drafts)
+        stepper = DraftingStepper(runner) if drafts else Stepper(runner)
+        self._engine: Engine | None = Engine(runner, stepper, stop_ids(folder, self.config))
         self._answers: dict[EngineRequest, _Answer] = {}
 
     def __enter__(self) -> LLM:
@@ -207,7 +211,7 @@ class LLM:
             if answer is None or answer.is_finished:
                 continue
             pieces = answer.stream.push(token)
-            if request.is_finished:
+            if request.is_finished and answer.stream.num_tokens == len(request.tokens):
                 pieces += answer.stream.close()
             answer.events += [Event(kind, text, token) for kind, text in pieces]
             finish = answer.stream.finish

@@ -9,6 +9,7 @@ import torch
 
 import dsv4.nano
 from dsv4.core.sampling import SamplingParams
+from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
@@ -60,6 +61,16 @@ def test_alone_or_among_others() -> None:
     together = answers(Engine(model()), work)
     engine = Engine(model())
     assert together == [answers(engine, [one])[0] for one in work]
+
+
+def test_drafts_change_nothing() -> None:
+    checkpoint = Checkpoint.open(dsv4.nano.path())
+    drafting = ProductionModel(
+        checkpoint.config, checkpoint.stream(), "cuda", LIMITS, with_mtp=True
+    )
+    work = some_work()
+    engine = Engine(drafting, DraftingStepper(drafting))
+    assert answers(engine, work) == answers(Engine(model()), work)
 
 
 def test_logits_of_a_row_do_not_depend_on_its_chunk() -> None:

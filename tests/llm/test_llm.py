@@ -113,6 +113,13 @@ def test_thinking_is_for_conversations(llm: LLM) -> None:
     assert not out.outputs[0].text
 
 
+def test_drafts_change_no_answer(llm: LLM) -> None:
+    prompts = [FRANCE, JAPAN, [Message("user", "What is the capital of Italy?")]]
+    params = SamplingParams(temperature=0, max_tokens=9)
+    with LLM("nano", device="cpu", max_context=512, max_requests=2, drafts=True) as drafting:
+        assert drafting.generate(prompts, params) == llm.generate(prompts, params)
+
+
 @pytest.mark.parametrize(
     "prompt", [[{"role": "user"}], [{"name": "x"}], [Message("user", "a"), 3], 5], ids=str
 )
