@@ -54,7 +54,8 @@ class Event:
     """A piece of a streamed answer.
 
     kind      "text", "reasoning" or "finish"
-    text      of the piece; of "finish" the reason, "stop" or "length"
+    text      of the piece; of "finish" the reason: "stop", "length", or "error" where a step failed
+              whose exception another stream has seen
     token_id  the token that completed the piece; None for "finish"
     """
 
@@ -205,8 +206,18 @@ class LLM:
         return requests
 
     def _step(self) -> None:
-        """One step of the engine; what became certain goes to the events of its answers."""
-        for request, token in self._running.step():
+        """One step of the engine; what became certain goes to the events of its answers.
+
+        A step that fails raises here, and ends the answers of all requests that were in it.
+        """
+        try:
+            known = self._running.step()
+        finally:
+            for request, answer in self._answers.items():
+                if request.finish_reason == "error" and not answer.is_finished:
+                    answer.is_finished = True
+                    answer.events.append(Event("finish", "error"))
+        for request, token in known:
             answer = self._answers.get(request)
             if answer is None or answer.is_finished:
                 continue

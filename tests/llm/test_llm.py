@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from dsv4 import LLM, RequestError, SamplingParams
+from dsv4.layers import moe
+from dsv4.llm import Event
 from dsv4.text.chat import Message
 from support.oracle_ops import use_oracles
 
@@ -101,6 +104,24 @@ def test_closed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     it.close()
     with pytest.raises(RequestError, match="closed"):
         it.generate(FRANCE)
+
+
+def test_a_failure_ends_every_stream_of_the_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = llm.stream(FRANCE, GREEDY), llm.stream(JAPAN, GREEDY)
+    next(one), next(two)
+    oracle, failures = moe.moe_routed, [MemoryError("no room")]
+
+    def failing(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return oracle(*args)
+
+    monkeypatch.setattr(moe, "moe_routed", failing)
+    with pytest.raises(MemoryError):
+        list(one)
+    assert list(two)[-1] == Event("finish", "error")
+    leaves_nothing(llm)
+    assert "Paris" in llm.generate(FRANCE, GREEDY)[0].outputs[0].text
 
 
 def test_thinking_is_for_conversations(llm: LLM) -> None:
