@@ -6,6 +6,7 @@ python scripts/gates.py --jobs 2            # the same in two processes
 python scripts/gates.py --short             # fewer questions, contexts of 2048 tokens
 python scripts/gates.py --seed 1            # other contexts, other facts where not all are asked
 python scripts/gates.py MODEL --tier 0      # transformers, fewer contexts, no controls
+python scripts/gates.py --tier 2 --device cuda   # the production path, with its own controls
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import production_gates
 import torch
 from damage import MISTAKES
 from drafts import completer, show_drafts, shuffled_gates
@@ -80,16 +82,22 @@ class Gates:
     def __init__(self, args: argparse.Namespace) -> None:
         self.size = SHORT if args.short else FULL if args.tier else FEW
         self.seed, checkpoint = args.seed, Checkpoint.open(args.model)
-        self.config, self.weights = checkpoint.config, checkpoint.load()
+        self.config = checkpoint.config
+        self.weights = checkpoint.load() if args.tier < 2 else {}
         self.tokenizer = Tokenizer.open(args.model)
         torch.manual_seed(args.seed)  # of the random control
-        simulate = QuantSimulation.cache() if args.simulate_kv_quant else QuantSimulation()
-        self.model: Model = (
-            ReferenceModel(self.config, self.weights, simulate=simulate)
-            if args.tier
-            else TransformersModel(self.config, self.weights)
-        )
-        self.look_back = LookBack(self.model, self.tokenizer, self.size, self.seed)
+        self.model: Model
+        own: dict[str, Any] = {}
+        if args.tier == 0:
+            self.model = TransformersModel(self.config, self.weights)
+        elif args.tier == 1:
+            simulate = QuantSimulation.cache() if args.simulate_kv_quant else QuantSimulation()
+            self.model = ReferenceModel(self.config, self.weights, simulate=simulate)
+        else:
+            self.model = production_gates.ProductionGatesModel(checkpoint, args)
+            own = {"blind": production_gates.BLIND, "dense": production_gates.dense,
+                   "cuts_agree": production_gates.BF16_CUTS_AGREE}  # fmt: skip
+        self.look_back = LookBack(self.model, self.tokenizer, self.size, self.seed, **own)
 
     def facts(self) -> bool:
         """The fact gates."""
@@ -111,7 +119,7 @@ class Gates:
     def controls(self) -> bool:
         """Attention that cannot look back, mistakes, and damage to what every layer has."""
         self.look_back.controls()
-        good = fact_controls(self.config, self.weights, self.tokenizer)
+        good = not self.weights or fact_controls(self.config, self.weights, self.tokenizer)
         return good and self.look_back.good
 
     def mistakes(self) -> bool:
@@ -137,13 +145,15 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="fewer questions, shorter contexts")
     parser.add_argument("--no-controls", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="other contexts and orders")
-    parser.add_argument("--tier", type=int, choices=(0, 1), default=1, help="0: transformers")
+    parser.add_argument("--tier", type=int, choices=(0, 1, 2), default=1,
+                        help="0: transformers, 2: the production path")  # fmt: skip
+    parser.add_argument("--device", default="cuda", help="of tier 2 (default cuda)")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--simulate-kv-quant", action="store_true", help="as the official cache")
     args, began = parser.parse_args(), time.perf_counter()
     parts = ["facts", "looking_back"]
-    if args.tier == 1 and not args.no_controls:
-        parts += ["controls"] if args.short else ["controls", "mistakes"]
+    if args.tier and not args.no_controls:
+        parts += ["controls"] if args.short or args.tier == 2 else ["controls", "mistakes"]
     good = True
     if args.jobs == 1:
         gates = Gates(args)

@@ -3,11 +3,11 @@ several cuts for the boundaries; and what must fail them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from damage import BLIND, DENSE, MISTAKES
+from damage import BLIND, DENSE, MISTAKES, Damage
 from gate_measures import (
     CUTS,
     CUTS_AGREE,
@@ -50,10 +50,16 @@ from dsv4.text.tokenizer import Tokenizer
 class LookBack:
     """The gates of looking back, their controls, and the mistakes they must notice.
 
-    seed  which contexts: with another seed every one of them is another
+    seed   which contexts: with another seed every one of them is another
+    blind, dense, cuts_agree  the damage of the model's tier, and how far its cuts may differ
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, size: Size, seed: int = 0) -> None:
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, size: Size, seed: int = 0,
+        blind: Mapping[str, Damage] = BLIND, dense: Damage = DENSE,
+        cuts_agree: float = CUTS_AGREE,
+    ) -> None:  # fmt: skip
+        self.blind, self.dense, self.cuts_agree = blind, dense, cuts_agree
         self.model, self.tokenizer, self.size, self.seed = model, tokenizer, size, seed
         self.read = memory_reader(model, size.reread)
         self.filler = tokenizer.encode(FILLER.read_text(encoding="utf-8"))
@@ -106,7 +112,7 @@ class LookBack:
         score = pooled(ask(self.read, self.places(self.size.places)))
         self.row(f"place ({self.size.places})", [f"{score:.3f}"], score >= FAR)
         error, _ = self.cuts()
-        self.row("cuts agree", [f"{error:.0e}"], error < CUTS_AGREE)
+        self.row("cuts agree", [f"{error:.0e}"], error < self.cuts_agree)
 
     def controls(self) -> None:
         """Attention that cannot look back must fail; all entries must not be much better."""
@@ -115,16 +121,16 @@ class LookBack:
         needles, tallies = self.needles("sentence", size.controls), self.tallies(size.tallies)
         intact = pooled(ask(self.read, needles), REACH)
         self.row("intact", [f"{intact:.3f}"], intact >= FAR)
-        for name, damage in BLIND.items():
+        for name, damage in self.blind.items():
             asked, low = (tallies, 0) if name == "HCA empty" else (needles, REACH)
             with damage():
                 score = pooled(ask(self.read, asked), low)
             most = MOST.get(name, size.guessed)
             self.row(name, [f"{score:.3f}"], score <= most, "fails, as it must")
-        with BLIND["CSA empty"]():
+        with self.blind["CSA empty"]():
             score = pooled(ask(self.read, self.places(1)))
         self.row("CSA empty, place", [f"{score:.3f}"], score <= PLACE_GUESSED, "fails, as it must")
-        with DENSE():
+        with self.dense():
             dense = pooled(ask(self.read, needles), REACH)
         self.row("CSA dense", [f"{dense:.3f}"], dense - intact <= DENSE_GAP)
 
