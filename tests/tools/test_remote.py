@@ -133,7 +133,7 @@ def test_no_connection_for_too_long_leaves_the_run_to_be_taken_up(loopback):
 def test_a_command_whose_start_was_not_confirmed_is_started_once(loopback):
     once = loopback.calls.with_name("once")
     loopback.interfere("start", f'if mkdir {once}; then $REAL "$@"; exit 255; fi')
-    done = loopback.run("--run", "sleep 1; echo ran")
+    done = loopback.run("--run", "echo ran; sleep 3")
     assert done.returncode == 0, done.stderr
     assert loopback.calls.read_text().count("box.py start") == 2
     assert done.stdout == "ran\n"
@@ -199,6 +199,29 @@ def test_what_a_finished_command_leaves_running_is_ended(loopback):
     _, said = process.communicate(timeout=30)
     assert process.returncode == 7, said
     assert not any(map(loopback.alive, pids))
+
+
+# In the foreground, for a shell lets what runs in the background ignore SIGINT.
+POLITE = """python3 -c 'import pathlib, time
+print("ready")
+try: time.sleep(300)
+except KeyboardInterrupt: pathlib.Path("last words").touch()'"""
+
+
+@ONLY_STAND_IN
+def test_ctrl_c_reaches_more_than_the_shell_and_leaves_time_to_end_well(loopback):
+    process = loopback.start("--run", f'cd "$DSV4_OUT"; {POLITE}')
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert (loopback.results / "out" / "last words").exists()
+
+
+def test_no_hangup_of_the_connection_reaches_the_run(loopback):
+    done = loopback.run("--run", "cut -d' ' -f1,6 /proc/$PPID/stat; cut -d' ' -f1,6 /proc/$$/stat")
+    (supervisor, its), (shell, own) = (line.split() for line in done.stdout.splitlines())
+    assert (supervisor, shell) == (its, own), "each leads a session"
 
 
 @ONLY_STAND_IN
