@@ -18,7 +18,8 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.checks import check_int
 from dsv4.kernels.common.launch import INTERPRETED
 from dsv4.kernels.common.linear_plan import cut, tile_plan
-from dsv4.kernels.common.split import arrival_counters, is_last_arrival, sum_in_order
+from dsv4.kernels.common.split import is_last_arrival, sum_in_order
+from dsv4.kernels.linear import wide_linear
 from dsv4.kernels.linear.wide_linear import CONFIG, chunk_sum
 from dsv4.kernels.linear.wide_linear import tensor_core as tensor_core
 
@@ -86,14 +87,8 @@ def outputs(
     x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, parts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate y [T N] FP32, and what programs of one tile share: partial sums and counters."""
-    (N, K), T, y = weight.shape, x.shape[0], result(x, weight, bias, position, parts)
-    if T == 0:
-        return y, y.new_empty(0), y.new_empty(0, dtype=torch.int32)
-    num_chunks = cut(N, K).num_chunks
-    p = tile_plan(CONFIG, T, N, 1, num_chunks)
-    tiles = p.grid[0] * p.grid[2] if p.is_split else 0
-    partial = y.new_empty(tiles * num_chunks * p.tile["BM"] * p.tile["BN"])
-    return y, partial, arrival_counters(x.device, max(tiles, 1))
+    y, partial, counters = wide_linear.outputs(x, weight)
+    return y.flatten(), partial, counters
 
 
 def launch(
