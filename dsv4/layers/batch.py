@@ -47,21 +47,12 @@ class Batch:
         is_prefill: bool, dtype: torch.dtype = torch.bfloat16,
     ) -> Batch:  # fmt: skip
         """Look up the angles of the rows; the rest is taken as it is."""
-        position = rows.position
-        angles = {kind: (ropes[kind].cos[position], ropes[kind].sin[position]) for kind in ropes}
+        angles = ropes.angles(rows.position)
         empty = page_table.new_empty(len(page_table), 0)
         return cls(
-            ids,
-            rows,
-            page_table,
-            empty,
-            ropes,
-            angles,
-            is_prefill,
-            rows.slot < 0,
-            page_tokens,
+            ids, rows, page_table, empty, ropes, angles, is_prefill, rows.slot < 0, page_tokens,
             dtype,
-        )
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.ids)

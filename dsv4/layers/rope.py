@@ -26,19 +26,6 @@ class RopeTable:
     entry_cos: Tensor | None
     entry_sin: Tensor | None
 
-    @classmethod
-    def of(
-        cls, config: ModelConfig, kind: LayerKind, max_context: int, device: torch.device | str
-    ) -> RopeTable:
-        """The table for positions 0 .. max_context - 1."""
-        position = torch.arange(max_context, device=device)
-        angles = rope_angles(position, layer_frequencies(config, kind))
-        cos, sin = angles.cos().float(), angles.sin().float()
-        if kind is LayerKind.SWA:
-            return cls(cos, sin, -sin, None, None)
-        entries = cos[:: kind.ratio].contiguous(), sin[:: kind.ratio].contiguous()
-        return cls(cos, sin, -sin, *entries)
-
 
 class RopeTables:
     """A table for each kind of layer that a model has; CSA and HCA share their angles."""
@@ -47,12 +34,34 @@ class RopeTables:
         self, config: ModelConfig, max_context: int, device: torch.device | str = "cpu"
     ) -> None:
         count = config.num_hidden_layers
-        kinds = {LayerKind.SWA, *(config.layer_kind(j) for j in range(count))}
+        kinds = {config.layer_kind(j) for j in range(count)} - {LayerKind.SWA}
         self.max_context = max_context
-        self._tables = {k: RopeTable.of(config, k, max_context, device) for k in kinds}
+        plain = _tables(config, LayerKind.SWA, max_context, device)
+        self._tables = {LayerKind.SWA: RopeTable(*plain, None, None)}
+        if not kinds:
+            return
+        cos, sin, minus_sin = _tables(config, LayerKind.CSA, max_context, device)
+        for kind in kinds:
+            entries = cos[:: kind.ratio].contiguous(), sin[:: kind.ratio].contiguous()
+            self._tables[kind] = RopeTable(cos, sin, minus_sin, *entries)
+
+    def angles(self, position: Tensor) -> dict[LayerKind, tuple[Tensor, Tensor]]:
+        """cos, sin [T, R/2] of positions [T] for each kind; kinds that share a table share them."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for table in self._tables.values():
+            if id(table.cos) not in found:
+                found[id(table.cos)] = table.cos[position], table.sin[position]
+        return {kind: found[id(table.cos)] for kind, table in self._tables.items()}
 
     def __getitem__(self, kind: LayerKind) -> RopeTable:
         return self._tables[kind]
 
-    def __iter__(self):
-        return iter(self._tables)
+
+def _tables(
+    config: ModelConfig, kind: LayerKind, max_context: int, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cos, sin and -sin of positions 0 .. max_context - 1."""
+    position = torch.arange(max_context, device=device)
+    angles = rope_angles(position, layer_frequencies(config, kind))
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return cos, sin, -sin
