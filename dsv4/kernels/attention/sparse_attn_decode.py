@@ -18,6 +18,7 @@ from torch import Tensor
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.attention_checks import LOG2_E, Shape, attention_shape, check_attention
 from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.sparse_attention import (
     CHUNK,
     NO_KEYS,
@@ -48,6 +49,8 @@ def sparse_attn_decode_kernel(
     PAGE_STRIDE: tl.constexpr, RATIO: tl.constexpr, IS_LIST: tl.constexpr,
     IS_WHOLE: tl.constexpr, IS_ROTATED: tl.constexpr, BLOCK_H: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     C: tl.constexpr = NP * PIECE
     WINDOW_TILES: tl.constexpr = (ROWS + TILE - 1) // TILE
     head_blocks = tl.cdiv(H, BLOCK_H)
@@ -136,6 +139,8 @@ def sparse_attn_combine_kernel(
     NP: tl.constexpr, WINDOW_TILES: tl.constexpr, RATIO: tl.constexpr, IS_LIST: tl.constexpr,
     IS_ROTATED: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     C: tl.constexpr = NP * PIECE
     head_blocks = tl.cdiv(H, HEADS)
     t = (tl.program_id(0) // head_blocks).to(tl.int64)
@@ -215,7 +220,7 @@ def launch(
         NP=shape.num_pieces, ROWS=rows, WINDOW_STRIDE=window.shape[1], PAGE_ROWS=entries_per_page,
         PAGE_STRIDE=shape.record.page_bytes(entries_per_page), RATIO=ratio, IS_LIST=shape.is_list,
         IS_WHOLE=parts == 1, IS_ROTATED=cos is not None, BLOCK_H=shape.block_h,
-        **CONFIG,
+        **CONFIG, **PDL,
     )  # fmt: skip
     if parts > 1:
         combine(shape, args, out, each, parts)
@@ -231,7 +236,7 @@ def combine(
     sparse_attn_combine_kernel[(shape.T * -(-shape.H // COMBINE["HEADS"]),)](
         sums, stats, slot, position, sink, *angles, result, shape.H, shape.num_entries, each,
         parts, GROUP // each, NP=shape.num_pieces, WINDOW_TILES=-(-rows // TILE), RATIO=ratio,
-        IS_LIST=shape.is_list, IS_ROTATED=cos is not None, TILE=TILE, **COMBINE,
+        IS_LIST=shape.is_list, IS_ROTATED=cos is not None, TILE=TILE, **COMBINE, **PDL,
     )  # fmt: skip
 
 

@@ -35,6 +35,9 @@ struct Query {
     int part, position, first_row, first_position, visible, num_entries, window_tiles, head;
 };
 
+// Plain loads everywhere: the kernel starts before the one in front of it has written, so nothing it
+// reads of that is constant for its life, as the read-only path would assume.
+
 // Shared memory and barriers
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -172,7 +175,7 @@ __device__ __forceinline__ int page_bytes(int rows) {
 __device__ __forceinline__ int listed(const Params& p, const Query& query, int tile, int r) {
     int j = (tile - query.window_tiles) * TILE + r;
     if (p.entry_words == 0 || p.K == 0) return j;
-    return __ldg(p.entries + (query.t * p.K + min(max(j, 0), p.K - 1)) * p.entry_words);
+    return p.entries[(query.t * p.K + min(max(j, 0), p.K - 1)) * p.entry_words];
 }
 
 __device__ __forceinline__ int page_index(const Params& p, int entry) {  // entry / page_rows
@@ -188,7 +191,7 @@ __device__ __forceinline__ int checked(
 
 __device__ __forceinline__ int page_of(const Params& p, const Query& query, int entry) {
     if (p.max_pages == 0) return 0;
-    return __ldg(p.table + query.slot * p.max_pages + page_index(p, max(entry, 0)));
+    return p.table[query.slot * p.max_pages + page_index(p, max(entry, 0))];
 }
 
 __device__ __forceinline__ Row row_of(
@@ -215,10 +218,10 @@ __device__ __forceinline__ void load_row(const Row& row, int lane, uint4 (&raw)[
     for (int g = 0; g < 9; g++) raw[g] = make_uint4(0, 0, 0, 0);
     scales = make_uint2(0, 0);
     if (row.live) {
-        scales = __ldg(reinterpret_cast<const uint2*>(row.scales));
+        scales = *reinterpret_cast<const uint2*>(row.scales);
 #pragma unroll
         for (int g = 0; g < 9; g++)
-            raw[g] = __ldg(reinterpret_cast<const uint4*>(row.data + g * 64 + lane * 16));
+            raw[g] = *reinterpret_cast<const uint4*>(row.data + g * 64 + lane * 16);
     }
 }
 
@@ -423,7 +426,7 @@ __device__ __forceinline__ void load_query(const Params& p, const Query& query, 
         uint4 x = make_uint4(0, 0, 0, 0);
         if (query.head + h < p.H) {
             const u8* row = p.q + (query.t * p.H + query.head + h) * C * 2;
-            x = __ldg(reinterpret_cast<const uint4*>(row + chunk * 16));
+            x = *reinterpret_cast<const uint4*>(row + chunk * 16);
         }
         *reinterpret_cast<uint4*>(smem + chunk / 8 * BLOCK_BYTES + swizzled(h, chunk % 8)) = x;
     }
@@ -441,6 +444,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         q, step, window, pages, table, entries, slot, position, first_row, first_position, sink,
         cos, sin, out, sums, stats, scale, T, H, K, max_pages, tiles_each, parts,
         rows, page_rows, ratio, entry_words, page_magic, is_rotated};
+    // The next kernel may start to wait; what the one before wrote may be read.
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
     Query query;
     int head_blocks = (H + HEADS - 1) / HEADS;
     query.head = blockIdx.x % head_blocks * HEADS;
@@ -466,14 +471,15 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (threadIdx.x < 256) load_query(p, query, smem);
-    fence_async();
     __syncthreads();
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         if (first < end) produce(p, query, first, end, smem, full, empty);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
+        load_query(p, query, smem);
+        fence_async();
+        asm volatile("bar.sync 1, 256;" ::: "memory");  // the consumers alone
         State state = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
         consume(p, end - first, smem, full, empty, state);
         if (parts == 1) {

@@ -87,7 +87,7 @@ def run(
         sink, *angles, *out, scale * LOG2_E, shape.T, shape.H, shape.num_entries,
         page_table.shape[1], each, parts, rows, entries_per_page, ratio,
         0 if entries is None else entries.element_size() // 4, magic(entries_per_page),
-        int(is_rotated),
+        int(is_rotated), overlaps=True,
     )  # fmt: skip
 
 

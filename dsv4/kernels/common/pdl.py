@@ -1,9 +1,13 @@
-"""Programmatic dependent launch: a kernel starts while the one before it still runs.
+"""Programmatic dependent launch: a kernel starts while the ones before it still run.
 
-A kernel launched with `PDL` may only touch what the kernel before it writes, and may only write,
-after `wait_for_previous`. Every program must wait, also one that returns early: the kernel after
-it takes "this kernel is done" for "all before it are done". The first kernel of an op is launched
-without `PDL`, so whatever came before the op is done when any of the op's kernels run.
+Every kernel of a decode step is launched with `PDL` and says two things. `let_next_start`, first of
+all, so that the kernel after it is set up meanwhile and asks for its weights. `wait_for_previous`,
+in every program, also in one that returns early: it returns when the kernel before is done, and as
+that one has waited too, when all before it are. Ahead of it a kernel may read what no kernel of a
+step writes, which is weights, and may write nothing. Loads of anything else must not take the
+read-only path (`ld.global.nc`, `__ldg`): others write it within the life of the kernel.
+
+A kernel of another library knows nothing of this: it starts when all before it are done.
 """
 
 import triton

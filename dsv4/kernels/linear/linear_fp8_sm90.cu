@@ -229,6 +229,18 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* __restrict__ weight, const
   };
   for (int i = 0; i < DEPTH - 1; i++) copy_step();
 
+  // What does not fit into the ring waits in L2: memory would idle while the kernel before this one
+  // ends. A lane asks for the rest of one row.
+  if (lane < 16)
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+      const int skip = u == 0 ? DEPTH - 1 : 0, count = unit_blocks(u) - skip;
+      const u8* at = weight + (size_t)(first_row + unit_tile(u) * 64 + warp * 16 + lane) * K +
+                     (block0 + unit_first(u) + skip) * 128;
+      if (count > 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(count * 128));
+    }
+
   for (int i = tid; i < RT * BLOCKS; i += THREADS) {
     const int at = (first_row + i / BLOCKS * 64) / 128 * num_blocks + block0 + i % BLOCKS;
     if (i % BLOCKS < blocks) w_scale[i] = E8M0 ? e8m0(scale[at]) : ((float*)scale)[at];
