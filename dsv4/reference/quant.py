@@ -173,6 +173,26 @@ def simulate_mxfp4(x: Tensor, group: int = 32) -> Tensor:
     return mxfp4_act_dequantize(*mxfp4_act_quantize(x, group), x.dtype)
 
 
+def simulate_nvfp4(x: Tensor, group: int = 16) -> Tensor:
+    """Round to what NVFP4 can hold, with a global scale for each row: quantise and dequantise.
+
+        global = amax(row) / (6 * 448),   scale = e4m3(amax_group / (6 * global)),
+        value = e2m1(x / (scale * global)) * scale * global
+
+    x [..., K]  ->  [..., K] in the dtype of x
+
+    Each row is `nvfp4_quantize` of that row alone, so no row depends on another. A row that holds
+    NaN or infinity becomes NaN. Raises ValueError when `group` does not divide K.
+    """
+    blocks = _groups(x, group)
+    share = _nvfp4_share(x.abs().amax(dim=-1).to(torch.float32))[..., None]
+    scale = e4m3_round((_amax(blocks) / (FP4_MAX * share)).clamp(min=NVFP4_SCALE_MIN))
+    scale = scale.to(torch.float32)[..., None]
+    share = share[..., None]
+    value = e2m1_decode(e2m1_encode(blocks / (scale * share)))
+    return (value * scale * share).flatten(-2).to(x.dtype)
+
+
 def fp8_block_quantize(w: Tensor) -> BlockScaledTensor:
     """Quantise a weight [N, K] to FP8 with one UE8M0 scale per 128 x 128, smaller at the edges."""
     _check_weight(w)
@@ -219,8 +239,7 @@ def nvfp4_quantize(
 
 def nvfp4_global_scale(*weights: Tensor) -> Tensor:
     """The FP32 scale amax / 2688 that `weights` share; 1 when all of them are zero."""
-    amax = torch.stack([w.abs().amax().to(torch.float32) for w in weights]).amax()
-    return torch.where(amax == 0, torch.ones_like(amax), amax / (FP4_MAX * FP8_MAX))
+    return _nvfp4_share(torch.stack([w.abs().amax().to(torch.float32) for w in weights]).amax())
 
 
 def mxfp4_to_nvfp4(
@@ -308,6 +327,10 @@ def _groups(x: Tensor, group: int) -> Tensor:
 
 def _amax(blocks: Tensor) -> Tensor:
     return blocks.abs().amax(dim=-1)
+
+
+def _nvfp4_share(amax: Tensor) -> Tensor:
+    return torch.where(amax == 0, torch.ones_like(amax), amax / (FP4_MAX * FP8_MAX))
 
 
 def _exponents(t: BlockScaledTensor) -> tuple[Tensor, Tensor]:

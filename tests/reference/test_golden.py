@@ -76,7 +76,7 @@ def test_simulation_switches_matter() -> None:
     """Each switch changes the result: none of them is dead."""
     exact = golden.run(golden.model()).logits
     for switch in (
-        QuantSimulation(kv=True),
+        QuantSimulation(kv="fp8"),
         QuantSimulation(indexer="mxfp4"),
         QuantSimulation(indexer="fp8"),
         QuantSimulation(indexer="mxfp4", hadamard=True),
