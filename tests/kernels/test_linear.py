@@ -46,7 +46,7 @@ def test_linear_fp8_matches_oracle(
 
 
 @pytest.mark.parametrize("shape", [(256, 512, 1), (256, 256, 2), (192, 128, 1)], ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 17])
+@pytest.mark.parametrize("num_tokens", [1, 17, 70])
 def test_quantised_input_matches_oracle(num_tokens: int, shape: tuple[int, int, int]) -> None:
     N, K, groups = shape
     weight, scale = fp8_weight(N, K, device=DEVICE)

@@ -6,6 +6,10 @@ cut into a fixed number of chunks that depends on the weight alone. A chunk is t
 blocks of 128, each block times its scale; an output is the sum of its chunks from the first to the
 last. Few tokens: one program a chunk, and the last to arrive adds the chunks. Many tokens: one
 program for all chunks. Either way a row gets the same bits in any batch.
+
+The order of columns in a product is that of weights as they are loaded. Tokens are put into it on
+their way through registers, or, where many programs read the same ones, by a kernel before: then
+the matrix unit reads them from where the asynchronous copy has put them.
 """
 
 from __future__ import annotations
@@ -43,6 +47,9 @@ CONFIG = {
     64: {"BM": 64, "BN": 128, "num_warps": 4, "STAGES": 3},
     1 << 40: {"BM": 128, "BN": 128, "num_warps": 8, "STAGES": 3},
 }
+FEW_TOKENS = 64  # beyond, a kernel before puts the columns of tokens in order
+STAGE = {"BM": 32, "num_warps": 4}
+PRODUCTS = {"linear_fp8_kernel"}  # device functions that use the matrix unit
 
 
 @triton.jit
@@ -52,10 +59,31 @@ def _load_scale(scale_ptr, row, block, num_blocks, live, IS_E8M0: tl.constexpr):
 
 
 @triton.jit
+def stage_tokens_kernel(
+    x_ptr, staged_ptr, scale_ptr, M, columns, QUANT: tl.constexpr, BM: tl.constexpr
+):
+    """Write a block of 128 columns in the order of products, FP8 with scales if QUANT."""
+    token, block = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
+    live = (token < M)[:, None]
+    at = token[:, None].to(tl.int64) * columns + block * BLOCK + tl.arange(0, SPAN)[None, :]
+    x0 = tl.load(x_ptr + at, live, 0.0)
+    x1 = tl.load(x_ptr + at + SPAN, live, 0.0)
+    if QUANT:
+        x0, x1, scale = quantize_fp8_pair(x0, x1)
+        tl.store(scale_ptr + token.to(tl.int64) * (columns // BLOCK) + block, scale, token < M)
+        y0, y1 = fp8_input(x0, BM), fp8_input(x1, BM)
+    else:
+        y0, y1 = input_fragment(x0, BM), input_fragment(x1, BM)
+    tl.store(staged_ptr + at, y0, live)
+    tl.store(staged_ptr + at + SPAN, y1, live)
+
+
+@triton.jit
 def _chunk_sum(
-    x_ptr, weight_ptr, scale_ptr, row, scale_row, token, M, N, K, x_stride, first, last,
-    QUANT: tl.constexpr, IS_E8M0: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, NUM_WARPS: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, row, scale_row, token, M, N, K, x_stride, first,
+    last,
+    STAGED: tl.constexpr, QUANT: tl.constexpr, IS_E8M0: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, NUM_WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """FP32 [BN, BM] sum over the blocks first .. last - 1; rows in fragment order."""
     k = tl.arange(0, SPAN)
@@ -78,26 +106,31 @@ def _chunk_sum(
         scale = _load_scale(scale_ptr, scale_row, block, num_blocks, scale_row < N, IS_E8M0)
         zero = tl.zeros([BN, BM], tl.float32)
         if QUANT:
-            x0, x1, x_scale = quantize_fp8_pair(x0, x1)
-            part = mma(fp8_fragment(w0, BN, NUM_WARPS), tl.trans(fp8_input(x0, BM)), zero)
-            part = mma(fp8_fragment(w1, BN, NUM_WARPS), tl.trans(fp8_input(x1, BM)), part)
+            if STAGED:
+                x_scale = tl.load(x_scale_ptr + token * (x_stride // BLOCK) + block, token < M, 0.0)
+            else:
+                x0, x1, x_scale = quantize_fp8_pair(x0, x1)
+                x0, x1 = fp8_input(x0, BM), fp8_input(x1, BM)
+            a0, a1 = fp8_fragment(w0, BN, NUM_WARPS), fp8_fragment(w1, BN, NUM_WARPS)
             scale_NM = scale[:, None] * x_scale[None, :]
         else:
+            if not STAGED:
+                x0, x1 = input_fragment(x0, BM), input_fragment(x1, BM)
             a0 = weight_fragment(decode_e4m3(w0), BN, NUM_WARPS)
             a1 = weight_fragment(decode_e4m3(w1), BN, NUM_WARPS)
-            part = mma(a0, tl.trans(input_fragment(x0, BM)), zero)
-            part = mma(a1, tl.trans(input_fragment(x1, BM)), part)
             scale_NM = tl.broadcast_to(scale[:, None], [BN, BM])
+        part = mma(a1, tl.trans(x1), mma(a0, tl.trans(x0), zero))
         total = tl.fma(part, scale_NM, total)
     return total
 
 
 @triton.jit
 def linear_fp8_kernel(
-    x_ptr, weight_ptr, scale_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K, group_rows,
-    tiles_per_group, chunk, num_chunks, x_stride,
-    IS_SPLIT: tl.constexpr, QUANT: tl.constexpr, IS_E8M0: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, NUM_WARPS: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K,
+    group_rows, tiles_per_group, chunk, num_chunks, x_stride,
+    IS_SPLIT: tl.constexpr, STAGED: tl.constexpr, QUANT: tl.constexpr, IS_E8M0: tl.constexpr,
+    EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NUM_WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part = tl.program_id(0), tl.program_id(1)
     group = tile // tiles_per_group
@@ -108,14 +141,15 @@ def linear_fp8_kernel(
     out_row = first_row + fragment_rows(BN, NUM_WARPS)
     num_blocks = (K + BLOCK - 1) // BLOCK
     x_ptr += group * K
+    x_scale_ptr += group * (K // BLOCK)
     y_at = y_ptr + token[None, :].to(tl.int64) * N + out_row[:, None]
     y_live = (token < M)[None, :] & (out_row < end_row)[:, None]
     if IS_SPLIT:
         first = part * chunk
         total = _chunk_sum(
-            x_ptr, weight_ptr, scale_ptr, row, out_row, token, M, end_row, K, x_stride, first,
-            tl.minimum(first + chunk, num_blocks), QUANT, IS_E8M0, EVEN_K, BM, BN, NUM_WARPS,
-            STAGES,
+            x_ptr, x_scale_ptr, weight_ptr, scale_ptr, row, out_row, token, M, end_row, K,
+            x_stride, first, tl.minimum(first + chunk, num_blocks), STAGED, QUANT, IS_E8M0, EVEN_K,
+            BM, BN, NUM_WARPS, STAGES,
         )  # fmt: skip
         tile_index = (tl.program_id(2) * tl.num_programs(0) + tile).to(tl.int64)
         partial_ptr += tile_index * num_chunks * (BM * BN)
@@ -126,14 +160,15 @@ def linear_fp8_kernel(
             tl.store(y_at, narrow(y, True), y_live)
     else:
         total = _chunk_sum(
-            x_ptr, weight_ptr, scale_ptr, row, out_row, token, M, end_row, K, x_stride, 0,
-            tl.minimum(chunk, num_blocks), QUANT, IS_E8M0, EVEN_K, BM, BN, NUM_WARPS, STAGES,
+            x_ptr, x_scale_ptr, weight_ptr, scale_ptr, row, out_row, token, M, end_row, K,
+            x_stride, 0, tl.minimum(chunk, num_blocks), STAGED, QUANT, IS_E8M0, EVEN_K, BM, BN,
+            NUM_WARPS, STAGES,
         )  # fmt: skip
         for c in tl.range(1, num_chunks, num_stages=1):
             total += _chunk_sum(
-                x_ptr, weight_ptr, scale_ptr, row, out_row, token, M, end_row, K, x_stride,
-                c * chunk, tl.minimum(c * chunk + chunk, num_blocks), QUANT, IS_E8M0, EVEN_K, BM,
-                BN, NUM_WARPS, STAGES,
+                x_ptr, x_scale_ptr, weight_ptr, scale_ptr, row, out_row, token, M, end_row, K,
+                x_stride, c * chunk, tl.minimum(c * chunk + chunk, num_blocks), STAGED, QUANT,
+                IS_E8M0, EVEN_K, BM, BN, NUM_WARPS, STAGES,
             )  # fmt: skip
         tl.store(y_at, narrow(total, True), y_live)
 
@@ -143,22 +178,34 @@ def result(x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _is_staged(T: int, K: int) -> bool:
+    return T > FEW_TOKENS and K % 128 == 0
+
+
 def outputs(
     x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate y [T, N] BF16, and what programs of one tile share: partial sums and counters."""
+) -> tuple[Tensor, ...]:
+    """Allocate y [T, N] BF16; what programs of one tile share, partial sums and counters; and
+    tokens with their columns in order, with their scales if they are rounded."""
     check_int("groups", groups)
     T, N, K = x.shape[0], weight.shape[0], weight.shape[1]
     y = result(x, weight, scale, groups, quantize_input)
+    staged, staged_scale = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    if _is_staged(T, K):
+        dtype = torch.float8_e4m3fn if quantize_input else x.dtype
+        staged = torch.empty_like(x, dtype=dtype)
+        staged_scale = staged_scale.new_empty(T * groups * K // 128 if quantize_input else 0)
     if T == 0:
-        return y, x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32)
+        none = x.new_empty(0, dtype=torch.int32)
+        return y, x.new_empty(0, dtype=torch.float32), none, staged, staged_scale
     num_chunks = cut(N, K, groups).num_chunks
     p = tile_plan(CONFIG, T, N, groups, num_chunks)
     tiles = p.grid[0] * p.grid[2]
     size = tiles * num_chunks * p.tile["BM"] * p.tile["BN"] if p.is_split else 0
     size = max(size, num_chunks * N * min(T, 64))
     partial = x.new_empty(size, dtype=torch.float32)
-    return y, partial, arrival_counters(x.device, tiles if p.is_split else 1)
+    counters = arrival_counters(x.device, tiles if p.is_split else 1)
+    return y, partial, counters, staged, staged_scale
 
 
 def check(
@@ -185,10 +232,10 @@ def check(
 
 def launch(
     x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input: bool,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    y, partial, counters = out
+    y, partial, counters, staged, x_scale = out
     T, N, K = check(x, weight, scale, groups, quantize_input, y)
     if T == 0:
         return
@@ -196,11 +243,16 @@ def launch(
     p = tile_plan(CONFIG, T, N, groups, c.num_chunks)
     is_e8m0 = scale.dtype == torch.float8_e8m0fnu
     tile = {k: v for k, v in p.tile.items() if k != "num_warps"}
+    is_staged = _is_staged(T, K)
+    if is_staged:
+        grid = triton.cdiv(T, STAGE["BM"]), groups * K // 128
+        stage_tokens_kernel[grid](x, staged, x_scale, T, groups * K, QUANT=quantize_input, **STAGE)
     linear_fp8_kernel[p.grid](
-        x, weight.view(torch.uint8), scale.view(torch.uint8) if is_e8m0 else scale, y, partial,
-        counters, T, N, K, N // groups, p.tiles_per_group, c.chunk, c.num_chunks, groups * K,
-        IS_SPLIT=p.is_split, QUANT=quantize_input, IS_E8M0=is_e8m0, EVEN_K=K % 128 == 0,
-        NUM_WARPS=p.tile["num_warps"], num_warps=p.tile["num_warps"], **tile,
+        staged if is_staged else x, x_scale, weight.view(torch.uint8),
+        scale.view(torch.uint8) if is_e8m0 else scale, y, partial, counters, T, N, K, N // groups,
+        p.tiles_per_group, c.chunk, c.num_chunks, groups * K,
+        IS_SPLIT=p.is_split, STAGED=is_staged, QUANT=quantize_input, IS_E8M0=is_e8m0,
+        EVEN_K=K % 128 == 0, NUM_WARPS=p.tile["num_warps"], num_warps=p.tile["num_warps"], **tile,
     )  # fmt: skip
 
 

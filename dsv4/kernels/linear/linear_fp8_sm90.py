@@ -95,10 +95,10 @@ def takes(x: Tensor, weight: Tensor, groups: int) -> bool:
 
 def launch(
     x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input: bool,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    y, partial, _ = out
+    y, partial, *_ = out
     T, N, K = check(x, weight, scale, groups, quantize_input, y)
     for name, t in (("x", x), ("weight", weight), ("y", y)):
         if t.data_ptr() % 16:
