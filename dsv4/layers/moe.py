@@ -37,13 +37,13 @@ class Router:
         return cls(config, WideLinear(w["weight"]), bias, table)
 
     def __call__(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> ids [T, K] int32, -1 in padding rows; weights [T, K] FP32"""
+        """x [T, D] -> ids [T, K] int32, weights [T, K] FP32; -1 and 0 in padding rows"""
         logits, scaling = self.gate(x), self.config.routed_scaling_factor
         if self.tid2eid is not None:
             return router_hash(logits, self.tid2eid, batch.ids, scaling)
         assert self.bias is not None
-        ids, weights = router_topk(logits, self.bias, self.config.num_experts_per_tok, scaling)
-        return ids.masked_fill(batch.is_padding[:, None], -1), weights
+        k = self.config.num_experts_per_tok
+        return router_topk(logits, self.bias, k, scaling, batch.is_padding)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ MOE_ALIGN = (kernels.moe_align.SPEC,)
 
 
 @dsv4_op(fake=kernels.router_topk.outputs)
-def router_topk(logits: Tensor, bias: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
+def router_topk(
+    logits: Tensor, bias: Tensor, k: int, scaling: float, is_padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See dsv4.reference.routing.router_topk."""
-    out = kernels.router_topk.outputs(logits, bias, k, scaling)
-    select(ROUTER_TOPK, logits.device).launch(logits, bias, k, scaling, out)
+    out = kernels.router_topk.outputs(logits, bias, k, scaling, is_padding)
+    select(ROUTER_TOPK, logits.device).launch(logits, bias, k, scaling, is_padding, out)
     return out
 
 

@@ -11,19 +11,28 @@ from torch import Tensor
 from dsv4.reference import router
 
 
-def router_topk(logits: Tensor, bias: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
+def router_topk(
+    logits: Tensor, bias: Tensor, k: int, scaling: float, is_padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Score layers: the experts of every token and their weights.
 
         s = sqrt(softplus(logits)),  ids = top-k of s + bias,  weights = scaling * s / sum(s)
 
-    logits [T, E], bias [E] FP32 -> ids [T, k] int32, best first; weights [T, k]
+    logits     [T, E]
+    bias       [E] FP32
+    is_padding [T] bool; rows that are no token: experts -1, weights 0. None: all are tokens
+    ->         ids [T, k] int32, best first; weights [T, k]
 
     Ties go to the lower id. A NaN logit counts as the largest, as in a sort, so that it shows: the
     weights of its token become NaN and the ids stay in range.
     """
     scores = router.router_affinity(logits)
     ids = router.router_topk(scores, bias, k)
-    return ids.to(torch.int32), router.router_weights(scores, ids, scaling)
+    weights = router.router_weights(scores, ids, scaling)
+    if is_padding is not None:
+        live = ~is_padding[:, None]
+        ids, weights = torch.where(live, ids, -1), torch.where(live, weights, 0)
+    return ids.to(torch.int32), weights
 
 
 def router_hash(

@@ -54,14 +54,29 @@ def on_device(*args: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("T", [0, 1, 7])
 @pytest.mark.parametrize(("E", "K"), SIZES)
 def test_topk_equals_the_oracle(E: int, K: int, T: int) -> None:
-    args = *router_logits(T, E, seed=E + T), K, SCALING
+    args = *router_logits(T, E, seed=E + T), K, SCALING, None
     assert_choice(launched(router_topk, *on_device(*args)), args, "router_topk")
+
+
+@pytest.mark.parametrize(("E", "K"), [NANO, (13, 3), (1, 1)])
+def test_topk_gives_padding_no_expert(E: int, K: int) -> None:
+    logits, bias = router_logits(7, E)
+    logits[[1, 6]] = NAN
+    is_padding = torch.tensor([0, 1, 0, 0, 1, 0, 1]).bool()
+    args = logits, bias, K, SCALING, is_padding
+    ids, weights = launched(router_topk, *on_device(*args))
+    assert_choice((ids, weights), args, "router_topk")
+    assert (ids[[1, 4, 6]] == -1).all()
+    assert (weights[[1, 4, 6]] == 0).all()
+    plain = launched(router_topk, *on_device(*args[:4], None))
+    for name, x, y in zip(("ids", "weights"), (ids, weights), plain, strict=True):
+        assert_bits_equal(name, x[[0, 2, 3, 5]], y[[0, 2, 3, 5]])
 
 
 def test_topk_breaks_ties_by_the_lower_id() -> None:
     logits = torch.randint(-1, 2, (40, 256), generator=torch.Generator().manual_seed(0)).float()
     bias = torch.tensor([0.0, 0.25]).repeat(128)
-    args = logits, bias, 6, 2.5
+    args = logits, bias, 6, 2.5, None
     assert_choice(launched(router_topk, *on_device(*args)), args, "router_topk")
     ids, _ = ops.router_topk(*on_device(torch.zeros(2, 16), torch.zeros(16), 6, 1.0))
     assert ids.tolist() == [list(range(6))] * 2
@@ -104,7 +119,7 @@ def test_topk_of_no_numbers_stays_in_range_and_shows() -> None:
     logits = special[torch.randint(0, 8, (60, 16), generator=g)]
     logits[0], logits[1], logits[2] = NAN, -INF, INF
     logits[3] = torch.randn(16, generator=g)
-    args = logits, torch.randn(16, generator=g), 6, 1.5
+    args = logits, torch.randn(16, generator=g), 6, 1.5, None
     ids, weights = (x.cpu() for x in launched(router_topk, *on_device(*args)))
     want, want_weights = oracle.router_topk(*args)
     assert_bits_equal("ids", ids, want)
@@ -234,6 +249,8 @@ def test_capacity_is_reached_and_never_passed(rows: int, experts: int, block: in
 def test_op_contracts() -> None:
     logits, bias = on_device(*router_logits(3, 16))
     torch.library.opcheck(ops.router_topk.op, (logits, bias, 6, SCALING))
+    padding = torch.tensor([False, True, False], device=DEVICE)
+    torch.library.opcheck(ops.router_topk.op, (logits, bias, 6, SCALING, padding))
     table, tokens = on_device(hash_table(9, 16, 6), torch.tensor([1, -1, 8]))
     torch.library.opcheck(ops.router_hash.op, (logits, table, tokens, SCALING))
     torch.library.opcheck(ops.moe_align.op, (distinct_experts(3, 16, 6, device=DEVICE), 0, 16, 4))
@@ -246,6 +263,8 @@ def test_op_contracts() -> None:
         ("router_topk", "bias", torch.zeros(15), r"bias: expected shape \[E\]"),
         ("router_topk", "k", 0, "k: expected an integer >= 1"),
         ("router_topk", "k", 17, "k: expected at most 16 experts, got 17"),
+        ("router_topk", "is_padding", torch.zeros(3), "is_padding: expected torch.bool"),
+        ("router_topk", "is_padding", torch.zeros(4).bool(), r"is_padding: expected shape"),
         ("router_hash", "tid2eid", torch.zeros(9, 6), "tid2eid: expected torch.int32 or"),
         ("router_hash", "token_ids", torch.zeros(4).long(), r"token_ids: expected shape \[T\]"),
         ("moe_align", "experts", torch.zeros(3, 6).long(), "experts: expected torch.int32"),

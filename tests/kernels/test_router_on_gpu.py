@@ -57,7 +57,7 @@ def test_a_graph_replays_with_other_routing() -> None:
     table, tokens = hash_table(1000, 256, 6).cuda(), torch.zeros(64, dtype=torch.int64).cuda()
 
     def step() -> list[torch.Tensor]:
-        chosen = ops.router_topk(logits, bias, 6, SCALING)
+        chosen = ops.router_topk(logits, bias, 6, SCALING, tokens < 0)
         hashed = ops.router_hash(logits, table, tokens, SCALING)
         return [*chosen, *hashed, *ops.moe_align(chosen[0], 0, 256, 16)]
 
@@ -71,6 +71,17 @@ def test_a_graph_replays_with_other_routing() -> None:
         graph.replay()
         for name, x, y in zip(range(9), static, step(), strict=True):
             assert_bits_equal(str(name), x, y)
+
+
+def test_padding_in_a_large_call() -> None:
+    logits, bias = logits_of(8192, 256)
+    is_padding = torch.arange(8192) % 3 == 1
+    args = logits.cuda(), bias.cuda(), 6, SCALING
+    ids, weights = ops.router_topk(*args, is_padding.cuda())
+    plain_ids, plain_weights = ops.router_topk(*args)
+    live = ~is_padding.cuda()[:, None]
+    assert_bits_equal("ids", ids, torch.where(live, plain_ids, -1))
+    assert_bits_equal("weights", weights, torch.where(live, plain_weights, 0))
 
 
 def test_torch_compile_gives_the_same_bits() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv4.core.checks import check_tensors
 from dsv4.kernels.common.checks import check_int
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 
 CONFIG = {"num_warps": 4}
 CHUNK = 512  # 1024 took 1.7 times as long at 1024 tokens (H200), the sort most of it
@@ -31,6 +32,8 @@ def moe_align_count_kernel(
     experts_ptr, counts_ptr, N, first,
     NUM: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     c = tl.program_id(0)
     bins = load_bins(experts_ptr, c * CHUNK + tl.arange(0, CHUNK), N, first, NUM)
     tl.store(counts_ptr + c * BINS + tl.arange(0, BINS), tl.histogram(bins, BINS))
@@ -41,6 +44,8 @@ def moe_align_scan_kernel(
     counts_ptr, num_chunks, BINS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
     """Counts of a chunk become those of all chunks before it; a last row gets the totals."""
+    let_next_start()
+    wait_for_previous()
     b = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.int32)
     for start in range(0, num_chunks, ROWS):
@@ -59,6 +64,8 @@ def moe_align_kernel(
     NUM: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
     IS_ONE: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     c = tl.program_id(0)
     i, b = tl.arange(0, CHUNK), tl.arange(0, BINS)
     bins = load_bins(experts_ptr, c * CHUNK + i, N, first, NUM)
@@ -145,15 +152,15 @@ def launch(
     fixed = {"NUM": num_experts, "BINS": bins, "CHUNK": chunk}
     if not is_one:
         moe_align_count_kernel[(num_chunks,)](
-            experts, counts, N, first_expert, **fixed, **CONFIG
+            experts, counts, N, first_expert, **fixed, **CONFIG, **PDL
         )  # fmt: skip
         columns = min(16, bins)
         moe_align_scan_kernel[(bins // columns,)](
-            counts, num_chunks, BINS=bins, COLUMNS=columns, ROWS=128, **CONFIG
+            counts, num_chunks, BINS=bins, COLUMNS=columns, ROWS=128, **CONFIG, **PDL
         )  # fmt: skip
     moe_align_kernel[(num_chunks,)](
         experts, counts, rows, offsets, block_expert, block_start, num_blocks, N, first_expert,
         num_chunks, block_size, capacity, **fixed,
         BLOCKS=triton.next_power_of_2(max(1, triton.cdiv(capacity, num_chunks))),
-        IS_ONE=is_one, **CONFIG,
+        IS_ONE=is_one, **CONFIG, **PDL,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.bits import e2m1_value, e4m3_value, e8m0_value, narrow, widen
 from dsv4.kernels.common.checks import check_int
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 
 REFERENCE = "dsv4.reference.experts:moe_routed"
 CONFIG = {"num_warps": 4}
@@ -52,6 +53,8 @@ def _gate_up_kernel(
     GROUP: tl.constexpr, NVFP4: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair] = routing * silu(min(gate, limit)) * clamp(up)."""
+    let_next_start()
+    wait_for_previous()
     pair = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     e = (tl.load(ids_ptr + pair) - first_expert).to(tl.int64)
@@ -76,6 +79,8 @@ def _down_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[pair] = W2 hidden[pair]."""
+    let_next_start()
+    wait_for_previous()
     pair = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     e = (tl.load(ids_ptr + pair) - first_expert).to(tl.int64)
@@ -95,6 +100,8 @@ def moe_routed_kernel(
     D: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[token] = the sum of its partial rows in order of expert id, the shared expert last."""
+    let_next_start()
+    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -181,7 +188,7 @@ def launch(
     if T == 0:
         return
     y, hidden, partial = out
-    meta = {"GROUP": GROUPS[format], "NVFP4": format == "nvfp4", "BLOCK_K": BLOCK_K} | CONFIG
+    meta = {"GROUP": GROUPS[format], "NVFP4": format == "nvfp4", "BLOCK_K": BLOCK_K} | CONFIG | PDL
     _gate_up_kernel[T * K, triton.cdiv(F, BLOCK_ROWS)](
         x, ids, routing, w1, s1, w3, s3, global_scale, hidden, limit, first_expert, E,
         TOP_K=K, D=D, F=F, BLOCK=BLOCK_ROWS, **meta,
@@ -192,7 +199,7 @@ def launch(
     )  # fmt: skip
     moe_routed_kernel[T, triton.cdiv(D, BLOCK_OUT)](
         partial, ids, shared, y, first_expert, E,
-        TOP_K=K, D=D, SHARED=shared is not None, BLOCK=BLOCK_OUT, **CONFIG,
+        TOP_K=K, D=D, SHARED=shared is not None, BLOCK=BLOCK_OUT, **CONFIG, **PDL,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from dsv4.kernels.common.experts import (
     step_order,
 )
 from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import to_bf16
 from dsv4.kernels.moe import moe_routed as portable
 from dsv4.kernels.moe.moe_routed import GROUPS, REFERENCE
@@ -52,6 +53,8 @@ PERMUTE_ROWS, COMBINE = 16, 1024
 @triton.jit
 def moe_routed_permute_kernel(x_ptr, out_ptr, T, D: tl.constexpr, ROWS: tl.constexpr):
     """Columns of the tokens in the order of `multiply_step`."""
+    let_next_start()
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * STEP + tl.arange(0, STEP)
     at, live = row[:, None] * D + column[None, :], (row < T)[:, None]
@@ -98,6 +101,8 @@ def moe_routed_gate_up_kernel(
     TAIL: tl.constexpr, BN: tl.constexpr, NUM_WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """hidden[place], a row for each sorted pair, its features in the order of `multiply_step`."""
+    let_next_start()
+    wait_for_previous()
     block = tl.program_id(1)
     if block < tl.load(num_blocks_ptr):
         e, first = tl.load(block_expert_ptr + block), tl.load(block_start_ptr + block)
@@ -156,6 +161,8 @@ def moe_routed_down_kernel(
     BN: tl.constexpr, NUM_WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial[pair], FP32."""
+    let_next_start()
+    wait_for_previous()
     block = tl.program_id(1)
     if block < tl.load(num_blocks_ptr):
         e, first = tl.load(block_expert_ptr + block), tl.load(block_start_ptr + block)
@@ -183,6 +190,8 @@ def moe_routed_kernel(
     SLOTS: tl.constexpr, D: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[token] = the sum of its partial rows in order of expert id, the shared expert last."""
+    let_next_start()
+    wait_for_previous()
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, SLOTS)
@@ -223,6 +232,7 @@ def combine(
     moe_routed_kernel[T, triton.cdiv(D, COMBINE)](
         partial, ids, shared, y, first_expert, num_experts, TOP_K=K,
         SLOTS=triton.next_power_of_2(K), D=D, SHARED=shared is not None, BLOCK=COMBINE, num_warps=4,
+        **PDL,
     )  # fmt: skip
 
 
@@ -259,7 +269,7 @@ def launch(
     BM, BN = t["BM"], t["BN"]
     expert_lists.launch(ids, first_expert, E, BM, tuple(lists))
     moe_routed_permute_kernel[triton.cdiv(T, PERMUTE_ROWS), D // 128](
-        x, ordered, T, D=D, ROWS=PERMUTE_ROWS, num_warps=4
+        x, ordered, T, D=D, ROWS=PERMUTE_ROWS, num_warps=4, **PDL
     )
     rows, offsets, block_expert, block_start, num_blocks, _ = lists
     where = rows, offsets, block_expert, block_start, num_blocks
@@ -268,7 +278,7 @@ def launch(
     meta = {
         "D": D, "F": F, "GROUP": GROUPS[format], "NVFP4": format == "nvfp4", "BM": BM,
         "TAIL": BM // 2 if BM > MIN_BM else 0, "NUM_WARPS": t["num_warps"], "STAGES": t["STAGES"],
-        "num_warps": t["num_warps"],
+        "num_warps": t["num_warps"], **PDL,
     }  # fmt: skip
     moe_routed_gate_up_kernel[F // BN, len(block_expert)](
         ordered, *where, routing, w1, s1.view(words), w3, s3.view(words), global_scale, hidden,

@@ -29,6 +29,7 @@ from dsv4.kernels.common.experts import (
     ordered_fp8_steps,
 )
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import fp8_rows, to_bf16
 from dsv4.kernels.moe import moe_routed as portable
 from dsv4.kernels.moe import moe_routed_grouped as grouped
@@ -54,6 +55,8 @@ def moe_routed_w4a8_quantize_kernel(
     x_ptr, code_ptr, scale_ptr, N, K: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr
 ):
     """E4M3 codes of [N, K], in the order of the product, and FP32 scales [N, K / 128]."""
+    let_next_start()
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * STEP + tl.arange(0, STEP)
     at, live = row[:, None] * K + column[None, :], row < N
@@ -69,6 +72,8 @@ def moe_routed_w4a8_largest_kernel(
     s_ptr, largest_ptr, N, SIZE: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr
 ):
     """The largest exponent byte of each row of MXFP4 scales, as int32 [N, SIZE] -> [N]."""
+    let_next_start()
+    wait_for_previous()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, COUNT)[None, :]
     at = row[:, None].to(tl.int64) * SIZE + i
@@ -147,6 +152,8 @@ def moe_routed_w4a8_gate_up_kernel(
     STAGES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """hidden[place], a row for each sorted pair, BF16."""
+    let_next_start()
+    wait_for_previous()
     block = tl.program_id(1)
     if block < tl.load(num_blocks_ptr):
         e, first = tl.load(block_expert_ptr + block), tl.load(block_start_ptr + block)
@@ -210,6 +217,8 @@ def moe_routed_w4a8_down_kernel(
     NATIVE: tl.constexpr,
 ):  # fmt: skip
     """partial[pair], FP32."""
+    let_next_start()
+    wait_for_previous()
     block = tl.program_id(1)
     if block < tl.load(num_blocks_ptr):
         e, first = tl.load(block_expert_ptr + block), tl.load(block_start_ptr + block)
@@ -268,7 +277,7 @@ def run(args: tuple[Any, ...], out: tuple[Tensor, ...], config: Config, is_nativ
     meta = {
         "D": D, "F": F, "BM": BM, "TAIL": BM // 2 if BM > grouped.MIN_BM else 0,
         "NUM_WARPS": t["num_warps"], "STAGES": t["STAGES"], "NATIVE": is_native,
-        "num_warps": t["num_warps"],
+        "num_warps": t["num_warps"], **PDL,
     }  # fmt: skip
     _quantize(x, x8, x_scale, not is_native)
     s1, s3, s2 = (s.view(torch.int32) for s in (s1, s3, s2))
@@ -291,7 +300,7 @@ def _largest(s: Tensor, largest: Tensor) -> None:
     N, words = largest.numel(), s.shape[2]
     moe_routed_w4a8_largest_kernel[(triton.cdiv(N, LARGEST_ROWS),)](
         s, largest, N, SIZE=words, COUNT=triton.next_power_of_2(words), ROWS=LARGEST_ROWS,
-        num_warps=4,
+        num_warps=4, **PDL,
     )  # fmt: skip
 
 
@@ -299,7 +308,7 @@ def _quantize(x: Tensor, code: Tensor, scale: Tensor, is_ordered: bool) -> None:
     N, K = x.shape
     moe_routed_w4a8_quantize_kernel[triton.cdiv(N, QUANTIZE_ROWS), K // 128](
         x, code.view(torch.uint8), scale, N, K=K, ROWS=QUANTIZE_ROWS, ORDER=is_ordered,
-        num_warps=4, **EXACT,
+        num_warps=4, **EXACT, **PDL,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.routing import choice_weights
 
 REFERENCE = "dsv4.reference.routing:router_hash"
@@ -19,6 +20,8 @@ def router_hash_kernel(
     logits_ptr, tid2eid_ptr, token_ptr, ids_ptr, weights_ptr, T, V, scaling,
     E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     kk = tl.arange(0, BLOCK_K)[None, :]
     is_row = (t < T) & (kk < K)
@@ -58,7 +61,7 @@ def launch(
         return
     router_hash_kernel[(triton.cdiv(T, CONFIG["BLOCK_T"]),)](
         logits, tid2eid, token_ids, ids, weights, T, sizes["V"], scaling,
-        E=E, K=K, BLOCK_K=triton.next_power_of_2(K), **CONFIG,
+        E=E, K=K, BLOCK_K=triton.next_power_of_2(K), **CONFIG, **PDL,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.checks import check_int
 from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.routing import affinity, choice_weights
 
 REFERENCE = "dsv4.reference.routing:router_topk"
@@ -24,15 +25,21 @@ LEAST = tl.constexpr(-0x80000000)  # of no number, as a NaN with these bits coun
 
 @triton.jit
 def router_topk_kernel(
-    logits_ptr, bias_ptr, ids_ptr, weights_ptr, T, scaling,
+    logits_ptr, bias_ptr, padding_ptr, ids_ptr, weights_ptr, T, scaling,
     E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     e, kk = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
     is_row, is_expert = t < T, e < E
+    bias = tl.load(bias_ptr + e, is_expert, 0.0)
+    wait_for_previous()
+    is_token = is_row
+    if padding_ptr is not None:
+        is_token = is_row & (tl.load(padding_ptr + t, is_row, 1) == 0)
     logits = tl.load(logits_ptr + t * E + e, is_row & is_expert, 0.0)
-    biased = affinity(logits) + tl.load(bias_ptr + e, is_expert, 0.0)
+    biased = affinity(logits) + bias
     # Floats compare as integers once the magnitude bits of negative ones are flipped.
     bits = biased.to(tl.int32, bitcast=True)
     order = tl.where(biased == biased, bits ^ ((bits >> 31) & LARGEST), LARGEST)
@@ -43,29 +50,34 @@ def router_topk_kernel(
         first = tl.min(tl.where(order == best, e, BLOCK_E), axis=1)[:, None]
         order = tl.where(e == first, LEAST, order)
         ids = tl.where(kk == i, first, ids)
-    is_live = is_row & (kk < K)
+    is_live = is_token & (kk < K)
     weights = choice_weights(logits_ptr + t * E, ids, is_live, scaling, E)
-    tl.store(ids_ptr + t * K + kk, ids, is_live)
-    tl.store(weights_ptr + t * K + kk, weights, is_live)
+    tl.store(ids_ptr + t * K + kk, tl.where(is_live, ids, -1), is_row & (kk < K))
+    tl.store(weights_ptr + t * K + kk, weights, is_row & (kk < K))
 
 
-def outputs(logits: Tensor, bias: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
+def outputs(
+    logits: Tensor, bias: Tensor, k: int, scaling: float, is_padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Allocate ids [T, k] int32 and weights [T, k] FP32. Doubles as the op's fake."""
     T = logits.shape[0]
     return logits.new_empty((T, k), dtype=torch.int32), logits.new_empty((T, k))
 
 
 def launch(
-    logits: Tensor, bias: Tensor, k: int, scaling: float, out: tuple[Tensor, Tensor]
-) -> None:
+    logits: Tensor, bias: Tensor, k: int, scaling: float, is_padding: Tensor | None,
+    out: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
     """Fill `out`. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
     ids, weights = out
     check_int("k", k)
+    given = {} if is_padding is None else {"is_padding": (is_padding, "T", torch.bool)}
     sizes = check_tensors(
         logits=(logits, "T E", torch.float32),
         bias=(bias, "E", torch.float32),
         ids=(ids, f"T {k}", torch.int32),
         weights=(weights, f"T {k}", torch.float32),
+        **given,
     )
     T, E = sizes["T"], sizes["E"]
     if k > E:
@@ -73,8 +85,8 @@ def launch(
     if T == 0:
         return
     router_topk_kernel[(triton.cdiv(T, CONFIG["BLOCK_T"]),)](
-        logits, bias, ids, weights, T, scaling, E=E, K=k, BLOCK_E=triton.next_power_of_2(E),
-        BLOCK_K=triton.next_power_of_2(k), **CONFIG,
+        logits, bias, is_padding, ids, weights, T, scaling, E=E, K=k,
+        BLOCK_E=triton.next_power_of_2(E), BLOCK_K=triton.next_power_of_2(k), **CONFIG, **PDL,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.checks import check_float
 from dsv4.kernels.common.cut import find_cut, key_range, list_logits, load_places, tie_id
 from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.sampling import (
     KEY_MAX,
     KEY_MIN,
@@ -110,6 +111,8 @@ def sample_tiles_kernel(
     logits_ptr, temperature_ptr, keys_ptr, sums_ptr, V, NT,
     TILE: tl.constexpr, FILTERS: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = c * TILE + tl.arange(0, TILE)
     x = load_logits(logits_ptr + b * V, at, at < V)
@@ -133,6 +136,8 @@ def sample_levels_kernel(
     masses_ptr, V, NT, group,
     TILE: tl.constexpr, TILES: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     k, p, q = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, b, V)
     rate = load_rate(temperature_ptr, b)
@@ -169,6 +174,8 @@ def sample_list_kernel(
     masses_ptr, row_counts_ptr, row_masses_ptr, list_ptr, V, NT, group,
     TILE: tl.constexpr, TILES: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     k, p, q = load_filters(top_k_ptr, top_p_ptr, min_p_ptr, b, V)
     if (load_rate(temperature_ptr, b) > 0) & ((k > 0) | (p < 1) | (q > 0)):
@@ -299,6 +306,8 @@ def sample_kernel(
     V, NT, TILE: tl.constexpr, TILES: tl.constexpr, LEVELS: tl.constexpr, SPLIT: tl.constexpr,
     SPAN: tl.constexpr, FILTERS: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     b, c = tl.program_id(0).to(tl.int64), tl.arange(0, TILES)
     tops = tl.load(keys_ptr + b * 3 * NT + c, c < NT, KEY_MIN)
     best_key = tl.max(tops, axis=0)
@@ -360,13 +369,14 @@ def launch(
     NT, warps = triton.cdiv(V, TILE), CONFIG["num_warps"]
     TILES = triton.next_power_of_2(NT)
     sample_tiles_kernel[(NT, B)](
-        logits, temperature, keys, sums, V, NT, TILE=TILE, FILTERS=has_filters, num_warps=warps
+        logits, temperature, keys, sums, V, NT, TILE=TILE, FILTERS=has_filters, num_warps=warps,
+        **PDL,
     )  # fmt: skip
     filters = top_k, top_p, min_p
     if has_filters:
         group = triton.cdiv(NT, max(1, PROGRAMS // B))
         grid = triton.cdiv(NT, group), B
-        sizes = {"TILE": TILE, "TILES": TILES, "LEVELS": LEVELS, "num_warps": warps}
+        sizes = {"TILE": TILE, "TILES": TILES, "LEVELS": LEVELS, "num_warps": warps, **PDL}
         sample_levels_kernel[grid](
             logits, temperature, *filters, keys, counts, masses, V, NT, group,
             SPAN=LEVEL_SPAN, **sizes,
@@ -378,7 +388,7 @@ def launch(
     sample_kernel[(B,)](
         logits, temperature, seed, position, *filters, keys, sums, counts, masses, row_counts,
         row_masses, lists, ids, V, NT, TILE=TILE, TILES=TILES, LEVELS=LEVELS, SPLIT=SPLIT,
-        SPAN=SPAN, FILTERS=has_filters, num_warps=8 if has_filters else warps,
+        SPAN=SPAN, FILTERS=has_filters, num_warps=8 if has_filters else warps, **PDL,
     )  # fmt: skip
 
 

@@ -42,8 +42,11 @@ def aot_calls() -> dict[str, dict[str, Any]]:
             logits, bias = torch.zeros(T, E), torch.zeros(E)
             shape = f"{name}/{T}"
             calls[f"router_topk/{shape}"] = {
-                "logits": logits, "bias": bias, "k": K, "scaling": SCALING,
+                "logits": logits, "bias": bias, "k": K, "scaling": SCALING, "is_padding": None,
             }  # fmt: skip
+            calls[f"router_topk/{shape}/padded"] = calls[f"router_topk/{shape}"] | {
+                "is_padding": torch.zeros(T, dtype=torch.bool)
+            }
             calls[f"moe_align/{shape}"] = {
                 "experts": torch.zeros(T, K, dtype=torch.int32), "first_expert": 0,
                 "num_experts": E, "block_size": 16 if T == 8 else 64,
