@@ -10,11 +10,14 @@
 // 2^-64 exactly. The sums are multiplied by 2^64 at the end.
 //
 // Units of work are 16 weight rows a warp of one expert, first all of gate and up, then of down.
-// Every lane copies what it will decode itself through a ring in shared memory (cp.async), so no
-// barrier stands between memory and the matrix units, and the copies run ahead over the ends of
-// units and from gate and up into down. A unit of the second kind waits until the hidden rows of
-// its expert are complete, and the sums at the end, experts in ascending order, until every expert
-// has written its part: the result does not depend on who came when.
+// A warp copies what it will decode itself through a ring in shared memory (cp.async, 64 * U bytes
+// of a row at a time), so no barrier of the block stands between memory and the matrix units, and
+// the copies run ahead over the ends of units and from gate and up into down. A unit of the second
+// kind waits until the hidden rows of its expert are complete, and the sums at the end, experts in
+// ascending order, until every expert has written its part: the result does not depend on who came
+// when. While a block waits for the hidden rows, its first rows of down are on their way into L2.
+//
+// It is launched while the kernel before it runs, and reads and writes nothing before that is done.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -25,6 +28,8 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 16 * WARPS;  // weight rows of a unit
 constexpr int HIDDEN_ROWS = ROWS / 2, UP_UNITS = F / HIDDEN_ROWS, DOWN_UNITS = D / ROWS;
 constexpr int SCALE_WORDS = U * 128 / GROUP / 4;
+constexpr int ROW_LANES = 4 * U, ROWS_AT_ONCE = 8 / U;  // of one copy of a warp
+static_assert(U == 1 || U == 2 || U == 4, "a copy takes whole rows of a fragment");
 constexpr u32 CODE = 0x01C001C0, SIGN = 0x80008000;
 
 struct Params {
@@ -158,7 +163,37 @@ __device__ __forceinline__ void stage(
     }
 }
 
-// Which experts are hit, and by which pairs.
+// Which experts are hit, and by which pairs: a lane a pair, in registers.
+__device__ void make_short_lists(Smem& s, const Params& p, int pairs) {
+    const int i = threadIdx.x;
+    if (i < 32) {
+        int e = -1;
+        if (i < pairs) {
+            e = p.ids[i] - p.first;
+            e = e >= 0 && e < E ? e : -1;
+            s.id[i] = e, s.routing[i] = p.routing[i];
+        }
+        int place = 0, hit = 0;
+        bool is_first = e >= 0;
+#pragma unroll
+        for (int j = 0; j < MAX_PAIRS && j < 32; j++) {
+            const int other = __shfl_sync(~0u, e, j);
+            const bool is_before = other == e && j < i;
+            place += other >= 0 && (other < e || is_before);
+            is_first = is_first && !is_before;
+        }
+        const u32 firsts = __ballot_sync(~0u, is_first), live = __ballot_sync(~0u, e >= 0);
+#pragma unroll
+        for (int j = 0; j < MAX_PAIRS && j < 32; j++)
+            hit += __shfl_sync(~0u, e, j) < e && (firsts >> j & 1);
+        if (e >= 0) s.list[place] = i;
+        if (is_first) s.hit[hit] = e, s.start[hit] = place;
+        if (i == 0) s.num_hit = __popc(firsts), s.start[__popc(firsts)] = __popc(live);
+    }
+    __syncthreads();
+}
+
+// The same of any number of pairs.
 __device__ void make_lists(Smem& s, const Params& p, int pairs) {
     const int tid = threadIdx.x;
     for (int e = tid; e < E; e += THREADS) s.count[e] = 0;
@@ -215,22 +250,24 @@ __device__ __forceinline__ int first_unit(int units, int b) { return (u64)units 
 
 // The units of one block as the copies see them: they run STAGES - 1 stages ahead.
 struct Producer {
-    const u8 *wa, *wb, *sa, *sb;  // the lane's next codes and scales of its two rows
-    int is_down, unit, end, passes, steps;
+    const u8 *wa, *wb;  // what the lane copies next of the first and second eight rows
+    const u8 *sa, *sb;  // the next scales of the two rows that it decodes
+    int is_down, unit, end, passes, steps, stride;
 };
 
 
 __device__ __forceinline__ void seek(Producer& c, const Params& p, const Smem& s) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
     const int per_expert = c.is_down ? DOWN_UNITS : UP_UNITS, K = c.is_down ? F : D;
     const int h = c.unit / per_expert, block = c.unit % per_expert;
-    const int row = c.is_down ? block * ROWS + warp * 16 + g : block * HIDDEN_ROWS + warp * 8 + g;
+    const int row = c.is_down ? block * ROWS + warp * 16 : block * HIDDEN_ROWS + warp * 8;
     const u64 a = (u64)s.hit[h] * (c.is_down ? D : F) + row, b = c.is_down ? a + 8 : a;
-    c.steps = K / (128 * U);
-    c.wa = (c.is_down ? p.w2 : p.w1) + a * (K / 2) + t * 16;
-    c.wb = (c.is_down ? p.w2 : p.w3) + b * (K / 2) + t * 16;
-    c.sa = (c.is_down ? p.s2 : p.s1) + a * (K / GROUP);
-    c.sb = (c.is_down ? p.s2 : p.s3) + b * (K / GROUP);
+    const int at = lane / ROW_LANES * (K / 2) + lane % ROW_LANES * 16;
+    c.steps = K / (128 * U), c.stride = ROWS_AT_ONCE * (K / 2);
+    c.wa = (c.is_down ? p.w2 : p.w1) + a * (K / 2) + at;
+    c.wb = (c.is_down ? p.w2 : p.w3) + b * (K / 2) + at;
+    c.sa = (c.is_down ? p.s2 : p.s1) + (a + g) * (K / GROUP);
+    c.sb = (c.is_down ? p.s2 : p.s3) + (b + g) * (K / GROUP);
     if (c.passes == 0) c.passes = (s.start[h + 1] - s.start[h] + TOKENS - 1) / TOKENS;
 }
 
@@ -243,12 +280,13 @@ __device__ __forceinline__ void begin(Producer& c, const Params& p, const Smem& 
 }
 
 __device__ __forceinline__ void issue(Producer& c, const Params& p, const Smem& s, Stage& stage) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, u = lane % ROW_LANES / 4;
     if (c.unit < c.end) {
+        const int to = lane / ROW_LANES * 4 + lane % 4;  // of the lane that decodes it
 #pragma unroll
-        for (int u = 0; u < U; u++) {
-            copy_async<16>(&stage.codes[u][0][lane], c.wa + u * 64);
-            copy_async<16>(&stage.codes[u][1][lane], c.wb + u * 64);
+        for (int i = 0; i < U; i++) {
+            copy_async<16>(&stage.codes[u][0][to + i * ROWS_AT_ONCE * 4], c.wa + i * c.stride);
+            copy_async<16>(&stage.codes[u][1][to + i * ROWS_AT_ONCE * 4], c.wb + i * c.stride);
         }
         copy_async<4 * SCALE_WORDS>(stage.scales[0][lane], c.sa);
         copy_async<4 * SCALE_WORDS>(stage.scales[1][lane], c.sb);
@@ -260,6 +298,17 @@ __device__ __forceinline__ void issue(Producer& c, const Params& p, const Smem& 
         }
     }
     asm volatile("cp.async.commit_group;");
+}
+
+// The warp's part of the block's first unit of down into L2.
+__device__ __forceinline__ void prefetch_down(const Params& p, const Smem& s) {
+    const int units = s.num_hit * DOWN_UNITS, unit = first_unit(units, blockIdx.x);
+    if (threadIdx.x % 32 || unit == first_unit(units, blockIdx.x + 1)) return;
+    const int row = unit % DOWN_UNITS * ROWS + threadIdx.x / 32 * 16;
+    const u64 at = (u64)s.hit[unit / DOWN_UNITS] * D + row;
+    const u8 *codes = p.w2 + at * (F / 2), *scales = p.s2 + at * (F / GROUP);
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(codes), "n"(16 * (F / 2)));
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(scales), "n"(16 * (F / GROUP)));
 }
 
 // The sum over a token's experts, ascending; equal ids in the order of their slots.
@@ -366,10 +415,13 @@ __device__ __forceinline__ void run_units(
 #pragma unroll 1
             for (int step = 0; step < steps; step++) {
                 asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+                __syncwarp();  // lanes copy for each other, and into what others have decoded
                 multiply(acc, ring[slot], xs + step * U * 16 * TOKENS, g % TOKENS, t, lane);
                 issue(c, p, s, ring[slot == 0 ? STAGES - 1 : slot - 1]);
                 slot = slot == STAGES - 1 ? 0 : slot + 1;
             }
+            if (PREFETCH && !is_down && unit == end - 1 && begin + TOKENS >= stop)
+                prefetch_down(p, s);
             float sum[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[i] = (acc[0][i] + acc[1][i]) * 1.8446744073709552e19f;
@@ -394,18 +446,19 @@ moe_routed_kernel(
                       partial, counters, T, first, limit};
     constexpr int WIDEST = D > F ? D : F;
     Stage* ring = reinterpret_cast<Stage*>(xs + TOKENS * WIDEST / 8) + threadIdx.x / 32 * STAGES;
-    if (TOKENS == 1) {  // the one token, whatever its experts
-        if (threadIdx.x == 0) s.list[0] = 0;
-        __syncthreads();
-        stage(xs, p.x, s.list, 1, 1, D);
-    }
-    make_lists(s, p, T * K_EXPERTS);
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    if (MAX_PAIRS <= 32) make_short_lists(s, p, T * K_EXPERTS);
+    else make_lists(s, p, T * K_EXPERTS);
     if (s.num_hit == 0) return combine_all(p, s);  // the shared expert alone
     Producer c;
     begin(c, p, s, 0);
     if (c.unit == c.end) begin(c, p, s, 1);
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) issue(c, p, s, ring[i]);
+    if (TOKENS == 1) {  // the one token, whatever its experts
+        stage(xs, p.x, s.list, 1, K_EXPERTS, D);
+        __syncthreads();
+    }
     int slot = 0;
 #pragma unroll 1
     for (int is_down = 0; is_down < 2; is_down++) {

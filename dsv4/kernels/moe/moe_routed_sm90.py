@@ -20,7 +20,8 @@ __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "moe_routed_kernel", "output
 MAX_TOKENS = 64
 STAGED_BYTES = 96 << 10  # most shared memory for tokens
 # Swept on H200: more inputs a step (U 4) or stages (4, 6) were slower, fewer inputs (U 1) too.
-CONFIG = {"U": 2, "STAGES": 3}
+# PREFETCH: whether a block asks L2 for its first rows of down before it waits for hidden rows.
+CONFIG = {"U": 2, "STAGES": 3, "PREFETCH": 1}
 # tokens up to -> columns of the tensor-core tile in use, warps of a block, blocks on an SM. Few
 # tokens of a step share an expert; where more do, its weights are read again from L2.
 PLANS = {1: (1, 4, 4), 8: (4, 4, 3), MAX_TOKENS: (8, 16, 1)}
@@ -80,6 +81,7 @@ def launch(
     kernel.launch(
         min(kernel.resident_blocks(threads), units), threads, x, ids, routing, w1, s1, w3, s3,
         w2, s2, g1, g3, g2, shared, y, hidden, partial, counters, T, first_expert, float(limit),
+        overlaps=True,
     )  # fmt: skip
 
 
