@@ -1,10 +1,10 @@
 """Cache kernels. `python -m benchmarks.kernels.bench_cache [--json PATH] [--only OP]`
 
 Decode is the worst case: every request completes a window in the step; idle is a decode step in
-which none does. The baseline is a device copy that moves as many bytes.
+which none does. The baseline is a device copy that moves as many bytes; of fused ops their parts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,13 @@ import torch
 from dsv4.core.kv_layout import IndexRecord, KvRecord
 from dsv4.ops import cache as ops
 from dsv4.testing.bench import COLD_BYTES, Case, copy_calls, run
-from dsv4.testing.cases.cache import CompressorCase, Span, WindowCase, compressor_case
+from dsv4.testing.cases.cache import (
+    CompressorCase,
+    Span,
+    WindowCase,
+    compressor_case,
+    step_append_args,
+)
 
 DECODE, PREFILL = (1, 8, 64), (8192,)
 PAGE_TOKENS, C, J, W = 256, 512, 128, 128
@@ -108,6 +114,37 @@ def append_case(made: CompressorCase, name: str, T: int, is_decode: bool) -> Cas
     return case("compressor_state_append", shape, calls, num_bytes)
 
 
+def layer_cases() -> Iterator[Case]:
+    """What a step leaves in the rings of a CSA layer, at once and one ring after the other."""
+    for T, is_decode in [(T, True) for T in DECODE] + [(T, False) for T in PREFILL]:
+        slots, length, spans = (
+            (T, 128, spans_of(T, True)) if is_decode else (1, T, spans_of(T, False))
+        )
+        window = WindowCase.random(slots, length, C, W)
+        entries = compressor_case(4, C, length, slots, page_tokens=PAGE_TOKENS)
+        keys = compressor_case(4, J, length, slots, page_tokens=PAGE_TOKENS, keys="fp8")
+        rows = [T, T] if is_decode else [W, 8]
+        num_bytes = rows[0] * (2 * C + RECORD) + rows[1] * 2 * (C + J) * 2 * 4 * 2
+        one, chain = [], []
+        for _ in range(min(4, copies(num_bytes))):
+            own = [x.fresh("cuda") for x in (window, entries, keys)]
+            one.append(partial(ops.cache_step_append, **step_append_args(*own, spans)))
+            chain.append(partial(in_turn, [
+                partial(ops.kv_window_append, **own[0].append_args(spans)),
+                *(partial(ops.compressor_state_append, **x.append_args(spans)) for x in own[1:]),
+            ]))  # fmt: skip
+        shape = {"T": T, "kind": "csa", "phase": "decode" if is_decode else "prefill"}
+        yield Case(
+            "cache_step_append", shape, one, num_bytes, baseline="chain", baseline_calls=chain
+        )
+
+
+def in_turn(calls: Sequence[Callable[[], Any]]) -> None:
+    """One call after the other."""
+    for call in calls:
+        call()
+
+
 def gather_cases() -> Iterator[Case]:
     per_page = PAGE_TOKENS // 4
     for N in (512, 65536):
@@ -127,6 +164,7 @@ def cases() -> Iterator[Case]:
     """Every row of this file."""
     yield from window_cases()
     yield from compressor_cases()
+    yield from layer_cases()
     yield from gather_cases()
 
 

@@ -35,7 +35,8 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
                         help="decode: tokens before the step; prefill: of the prompt "
                         "(default 1024)")  # fmt: skip
     parser.add_argument("--unfused", default="", metavar="NAME[,NAME]",
-                        help="run these as their parts: mhc_post_pre")  # fmt: skip
+                        help="run these as their parts: mhc_post_pre, latent_kv_norm_pack, "
+                        "joined_wide_linear, cache_step_append")  # fmt: skip
     parser.add_argument("--kernels", action="store_true", help="a table of kernels for each row")
     parser.add_argument("--trace", metavar="FILE", help="Chrome trace of the last step")
     parser.add_argument("--json", metavar="FILE", help="add the rows to FILE, one object a line")

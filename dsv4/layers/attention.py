@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from dsv4.ops.attention import (
     sparse_attn_decode,
     sparse_attn_prefill,
 )
-from dsv4.ops.cache import kv_window_append
+from dsv4.ops.cache import cache_step_append, compressor_state_append, kv_window_append
 from dsv4.ops.norm import inverse_rope, q_norm_rope, rms_norm
 
 
@@ -43,7 +43,7 @@ class Attention:
     projections: Projections | None
     compressor: Compressor | None
     indexer: Indexer | None
-    is_fused: bool
+    unfused: Collection[str] = ()
 
     @classmethod
     def of(
@@ -66,25 +66,23 @@ class Attention:
         norms = w["q_norm.weight"], w["kv_norm.weight"]
         return cls(
             config, kind, name, joined, wq_b, wo_a, wo_b, *norms, w["attn_sink"], projections,
-            compressor, indexer, "latent_kv_norm_pack" not in unfused,
+            compressor, indexer, unfused,
         )  # fmt: skip
 
     def __call__(self, x: Tensor, batch: Batch, cache: LayerViews) -> Tensor:
         """x [T, D] after the block's norm -> [T, D]; the cache takes the batch's tokens.
 
         Order: entries and keys first, because a token may see the entry it completes; the rings
-        last, because attention still reads the rows that they overwrite.
+        last, because the inserts and attention still read the rows that they overwrite.
         """
         c, rope, rows = self.config, batch.ropes[self.kind], batch.rows
         latent, kv, page = self._project(x, batch)
         q = self.wq_b(latent).unflatten(1, (c.num_attention_heads, -1))
         q = q_norm_rope(q, rope.cos, rope.sin, rows.position, c.rms_norm_eps)
         tap(f"{self.name}.q", q)
-        o = self._attend(x, latent, q, page, batch, cache)
-        kv_window_append(
-            kv, cache.window, rows.slot, rows.position, rows.end_position, c.sliding_window,
-            c.qk_rope_head_dim,
-        )  # fmt: skip
+        new, chosen = self._compress(x, latent, batch, cache)
+        o = self._attend(q, page, batch, cache, chosen)
+        self._append(kv, new, batch, cache)
         out = self.wo_b(self.wo_a(o.flatten(1)))
         tap(f"{self.name}.out", out)
         return out
@@ -93,7 +91,7 @@ class Attention:
         """x [T, D] -> latent [T, L], kv [T, C] after norm and RoPE, its records as a page"""
         rope, position, eps = batch.ropes[self.kind], batch.rows.position, self.config.rms_norm_eps
         both = self.wq_a_wkv(x)
-        if self.is_fused:
+        if "latent_kv_norm_pack" not in self.unfused:
             return latent_kv_norm_pack(
                 both, self.q_norm, self.kv_norm, rope.cos, rope.sin, position, eps
             )
@@ -103,35 +101,53 @@ class Attention:
         inverse_rope(kv[:, None], rope.cos, rope.minus_sin, position)
         return latent, kv, kv_step_pack(kv, self.config.qk_rope_head_dim)
 
-    def _attend(
-        self, x: Tensor, latent: Tensor, q: Tensor, page: Tensor, batch: Batch, cache: LayerViews
-    ) -> Tensor:
-        """-> [T, H, C], rotated back"""
+    def _compress(
+        self, x: Tensor, latent: Tensor, batch: Batch, cache: LayerViews
+    ) -> tuple[list[CompressorRows], Tensor | None]:
+        """Write entries and keys -> rows of each compressor; what each query takes, None for all"""
         if self.projections is None or self.compressor is None:
-            return self._attend_rows(q, page, batch, cache, None, 0)
+            return [], None
         assert cache.state is not None
         assert cache.entries is not None
         per_page = batch.page_tokens // self.kind.ratio
         parts = self.projections(x, batch)
-        new, chosen = CompressorRows(parts[0], parts[1]), None
+        new = CompressorRows(parts[0], parts[1])
         self.compressor.insert_entries(new, batch, cache.state, cache.entries, per_page)
-        if self.indexer is not None:
-            assert cache.index_state is not None
-            assert cache.index_keys is not None
-            index_new = CompressorRows(parts[2], parts[3])
-            chosen = self.indexer.choose(
-                latent, parts[4], batch, index_new, cache.index_state, cache.index_keys, per_page
-            )
-            self.indexer.compressor.append(index_new, batch, cache.index_state)
-        self.compressor.append(new, batch, cache.state)
-        return self._attend_rows(q, page, batch, cache, chosen, per_page)
+        if self.indexer is None:
+            return [new], None
+        assert cache.index_state is not None
+        assert cache.index_keys is not None
+        index_new = CompressorRows(parts[2], parts[3])
+        chosen = self.indexer.choose(
+            latent, parts[4], batch, index_new, cache.index_state, cache.index_keys, per_page
+        )
+        return [new, index_new], chosen
 
-    def _attend_rows(
-        self, q: Tensor, page: Tensor, batch: Batch, cache: LayerViews, chosen: Tensor | None,
-        per_page: int,
-    ) -> Tensor:  # fmt: skip
+    def _append(
+        self, kv: Tensor, new: Sequence[CompressorRows], batch: Batch, cache: LayerViews
+    ) -> None:
+        """Keep what later steps need: the window's rows, and those of each compressor."""
+        c, rows = self.config, batch.rows
+        at = rows.slot, rows.position, rows.end_position
+        ring = c.sliding_window, c.qk_rope_head_dim
+        pairs = zip(new, (cache.state, cache.index_state), strict=False)
+        states = [(x.kappa, x.gamma, state) for x, state in pairs]
+        if "cache_step_append" in self.unfused:
+            kv_window_append(kv, cache.window, *at, *ring)
+            for state in states:
+                compressor_state_append(*state, *at)
+            return
+        absent = None, None, None
+        entries, keys = [*states, absent, absent][:2]
+        cache_step_append(kv, cache.window, *entries, *keys, *at, *ring)
+
+    def _attend(
+        self, q: Tensor, page: Tensor, batch: Batch, cache: LayerViews, chosen: Tensor | None
+    ) -> Tensor:
+        """-> [T, H, C], rotated back"""
         c, rows = self.config, batch.rows
         has_entries = cache.entries is not None
+        ratio = self.kind.ratio if has_entries else 1
         attend = sparse_attn_prefill if batch.is_prefill else sparse_attn_decode
         return attend(
             q, page, cache.window,
@@ -139,5 +155,5 @@ class Attention:
             batch.page_table if has_entries else batch.no_pages, chosen, rows.slot,
             rows.position, rows.first_row, rows.first_position, self.sink,
             *batch.angles[self.kind], c.head_dim**-0.5, c.sliding_window, c.qk_rope_head_dim,
-            self.kind.ratio if has_entries else 1, per_page if has_entries else 1,
+            ratio, batch.page_tokens // ratio if has_entries else 1,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from dsv4.core.config import LayerKind
 from dsv4.core.kv_layout import IndexKeys
 from dsv4.layers.batch import Batch
 from dsv4.layers.weights import WeightView
-from dsv4.ops.cache import compressor_insert, compressor_state_append, index_key_insert
+from dsv4.ops.cache import compressor_insert, index_key_insert
 from dsv4.ops.linear import joined_wide_linear, wide_linear
 
 
@@ -86,13 +86,6 @@ class Compressor:
         """Write the indexer's key of every window that a token of the batch completes."""
         args = self._args(new, batch, state, pages, per_page)
         index_key_insert(*args, keys, is_rotated)
-
-    def append(self, new: CompressorRows, batch: Batch, state: Tensor) -> None:
-        """Keep the rows for later windows: after the inserts, which read what this overwrites."""
-        rows = batch.rows
-        compressor_state_append(
-            new.kappa, new.gamma, state, rows.slot, rows.position, rows.end_position
-        )
 
     def _args(
         self, new: CompressorRows, batch: Batch, state: Tensor, pages: Tensor, per_page: int

@@ -19,7 +19,7 @@ from dsv4.layers.moe import Moe
 from dsv4.layers.weights import WeightView
 
 # Steps that can run as their parts.
-FUSED = ("mhc_post_pre", "latent_kv_norm_pack", "joined_wide_linear")
+FUSED = ("mhc_post_pre", "latent_kv_norm_pack", "joined_wide_linear", "cache_step_append")
 
 
 def check_unfused(names: Collection[str]) -> frozenset[str]:

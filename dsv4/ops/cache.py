@@ -2,7 +2,7 @@
 
 Within a step and layer, compressor_insert and index_key_insert read the state ring as the step
 before left it, so compressor_state_append comes after them; in a step that verifies draft tokens,
-both appends of all layers come after the verification.
+both appends of all layers come after the verification. cache_step_append is all appends of a layer.
 """
 
 import torch
@@ -17,6 +17,7 @@ KV_WINDOW_APPEND = (kernels.kv_window_append.SPEC,)
 COMPRESSOR_INSERT = (kernels.compressor_insert.SPEC,)
 INDEX_KEY_INSERT = (kernels.index_key_insert.SPEC,)
 COMPRESSOR_STATE_APPEND = (kernels.compressor_state_append.SPEC,)
+CACHE_STEP_APPEND = (kernels.cache_step_append.SPEC,)
 CACHE_RESET = (kernels.cache_reset.SPEC,)
 GATHER_WINDOW = (kernels.gather_window.SPEC,)
 GATHER_ENTRIES = (kernels.gather_entries.SPEC,)
@@ -75,6 +76,19 @@ def compressor_state_append(
     """See dsv4.reference.cache_writes.compressor_state_append."""
     kernel = select(COMPRESSOR_STATE_APPEND, kappa.device)
     kernel.launch(kappa, gamma, state, slot, position, end_position)
+
+
+@dsv4_op(fake=_nothing, mutates=("window", "state", "index_state"))
+def cache_step_append(
+    kv: Tensor, window: Tensor, kappa: Tensor | None, gamma: Tensor | None, state: Tensor | None,
+    index_kappa: Tensor | None, index_gamma: Tensor | None, index_state: Tensor | None,
+    slot: Tensor, position: Tensor, end_position: Tensor, rows: int, rope_dim: int,
+) -> None:  # fmt: skip
+    """See dsv4.reference.cache_writes.cache_step_append."""
+    select(CACHE_STEP_APPEND, kv.device).launch(
+        kv, window, kappa, gamma, state, index_kappa, index_gamma, index_state, slot, position,
+        end_position, rows, rope_dim,
+    )  # fmt: skip
 
 
 @dsv4_op(fake=_nothing, mutates=("state",))

@@ -152,6 +152,24 @@ def compressor_state_append(
     state[at] = torch.stack((kappa[chosen], gamma[chosen]), dim=1)
 
 
+def cache_step_append(
+    kv: Tensor, window: Tensor, kappa: Tensor | None, gamma: Tensor | None, state: Tensor | None,
+    index_kappa: Tensor | None, index_gamma: Tensor | None, index_state: Tensor | None,
+    slot: Tensor, position: Tensor, end_position: Tensor, rows: int, rope_dim: int,
+) -> None:  # fmt: skip
+    """All that a step leaves in the rings of a layer; it comes after the layer's attention.
+
+    kv, window           as in kv_window_append
+    kappa, gamma, state  as in compressor_state_append: of entries, and of index keys where the
+                         names begin with "index_"; None where a layer has none
+    """
+    kv_window_append(kv, window, slot, position, end_position, rows, rope_dim)
+    for group in ((kappa, gamma, state), (index_kappa, index_gamma, index_state)):
+        k, g, s = group
+        if k is not None and g is not None and s is not None:
+            compressor_state_append(k, g, s, slot, position, end_position)
+
+
 def cache_reset(state: Tensor, slot: Tensor) -> None:
     """Make compressor state what it is before the first token: kappa 0, gamma -inf.
 

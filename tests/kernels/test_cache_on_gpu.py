@@ -79,15 +79,22 @@ def test_a_graph_replays_with_the_tables_of_the_step() -> None:
     assert bool((case.pages != 0xFF).any())
 
 
-STORES = {"window": "slot", "state": "slot", "pages": "page", "store": "slot"}
+STORES = {
+    "window": "slot", "state": "slot", "index_state": "slot", "pages": "page",
+    "index_pages": "page", "store": "slot",
+}  # fmt: skip
 
 
-def at_the_end(x: Tensor) -> tuple[Tensor, int]:
-    """A store of more than 4 GiB whose last rows are those of `x`; how far they moved."""
-    moved = 2**32 // (x[0].numel() * x.element_size()) + 1
+def way_to_the_end(stores: list[Tensor]) -> int:
+    """How many rows must come before those of each store to fill more than 4 GiB."""
+    return max((2**32 // x[0].nbytes + 1 for x in stores), default=0)
+
+
+def at_the_end(x: Tensor, moved: int) -> Tensor:
+    """A store whose last rows are those of `x`, behind `moved` others."""
     big = torch.zeros((moved + len(x), *x.shape[1:]), dtype=x.dtype, device=x.device)
     big[moved:] = x
-    return big, moved
+    return big
 
 
 @pytest.mark.parametrize("name", sorted(cache_calls(0)))
@@ -95,10 +102,13 @@ def test_addresses_beyond_four_gigabytes(name: str) -> None:
     """The same call on small stores, and on the far ends of stores of more than 4 GiB."""
     args = cache_calls(128, head_dim=512, page_tokens=256, device="cuda")[name]
     op = getattr(ops, name.partition("/")[0])
-    far, moved, page_moved = dict(args), 0, 0
-    for store in set(STORES) & set(args):
-        far[store], by = at_the_end(args[store])
-        moved, page_moved = (moved, by) if STORES[store] == "page" else (by, page_moved)
+    stores = {s: kind for s, kind in STORES.items() if args.get(s) is not None}
+    moved, page_moved = (
+        way_to_the_end([args[s] for s, kind in stores.items() if kind == wanted])
+        for wanted in ("slot", "page")
+    )
+    ways = {"slot": moved, "page": page_moved}
+    far = args | {s: at_the_end(args[s], ways[kind]) for s, kind in stores.items()}
     index = "page" if "store" in args else "slot"
     far[index] = args[index] + moved
     if "page_table" in args:
@@ -108,7 +118,7 @@ def test_addresses_beyond_four_gigabytes(name: str) -> None:
     near_out, far_out = op(**args), op(**far)
     if near_out is not None:
         assert_bits_equal("out", far_out, near_out)
-    for store in set(STORES) & set(args):
+    for store in stores:
         n = len(args[store])
         assert_bits_equal(store, far[store][-n:], args[store])
         assert not far[store][:-n].any()

@@ -30,6 +30,7 @@ from dsv4.testing.cases.cache import (
     cache_calls,
     chunks,
     compressor_case,
+    step_append_args,
 )
 from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
 
@@ -341,6 +342,40 @@ def test_index_keys_on_the_null_page_or_past_the_table_are_not_written(keys: Any
 # State, reads
 
 
+@pytest.mark.parametrize("name", ["swa", "hca", "csa", "index"])
+def test_appends_in_one_launch_equal_the_chain(name: str) -> None:
+    """Every ring of a layer, byte for byte what the ops leave one after the other."""
+    window = WindowCase.random(3, 40, 192, rows=16)
+    hca = compressor_case(16, 192, 40, num_slots=3, seed=1)
+    csa = compressor_case(4, 192, 40, num_slots=3, seed=2)
+    keys = compressor_case(8, 128, 40, num_slots=3, overlap=True, keys="fp8", seed=3)
+    cases = {"swa": (None, None), "hca": (hca, None), "csa": (csa, keys), "index": (None, keys)}
+
+    def run_layer(impl: Any, device: str, is_chain: bool) -> list[Tensor]:
+        own = window.fresh(device)
+        states = [None if case is None else case.fresh(device) for case in cases[name]]
+        for spans in MIXED:
+            if not is_chain:
+                impl.cache_step_append(**step_append_args(own, *states, spans, 2))
+                continue
+            impl.kv_window_append(**own.append_args(spans, 2))
+            for case in filter(None, states):
+                impl.compressor_state_append(**case.append_args(spans, 2))
+        return [own.window, *(case.state for case in states if case is not None)]
+
+    chain = run_layer(ops, DEVICE, True)
+    for want in (run_layer(oracle, "cpu", False), run_layer(ops, DEVICE, False)):
+        for x, y in zip(want, chain, strict=True):
+            assert_bits_equal("ring", x.cpu(), y.cpu())
+
+
+@pytest.mark.parametrize("missing", ["kappa", "index_state"])
+def test_half_a_state_is_refused(missing: str) -> None:
+    args = op_calls(4)["cache_step_append/csa"] | {missing: None}
+    with pytest.raises(ValueError, match=f"{missing}: expected all of .* or none, got"):
+        ops.cache_step_append(**args)
+
+
 def test_a_new_request_reads_nothing_of_the_slot_before_it() -> None:
     """The state stays as an old request left it; no entry of the next one depends on it."""
     case = compressor_case(4, 128, 20, is_exact=True)
@@ -464,6 +499,7 @@ BAD = {
     "compressor_insert": ("page_table", lambda x: x.long()),
     "index_key_insert": ("norm", lambda x: x[:127]),
     "compressor_state_append": ("state", lambda x: x.double()),
+    "cache_step_append": ("end_position", lambda x: x.int()),
     "cache_reset": ("slot", lambda x: x.int()),
     "gather_window": ("rows", lambda x: 0),
     "gather_entries": ("dtype", lambda x: torch.float16),

@@ -102,12 +102,16 @@ def test_taps_have_the_values_of_the_reference(monkeypatch: pytest.MonkeyPatch) 
 def test_an_unfused_step_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_oracles(monkeypatch)
     ids = random_ids(CONFIG, 20)
-    whole = fed(production(CONFIG, WEIGHTS), ids, [19, 1])
+    fused = production(CONFIG, WEIGHTS)
+    whole, kept = fed(fused, ids, [19, 1]), fused.cache.storage
     used = []
     for module in (mhc, attention, compressor):
         if (fused := getattr(module, name, None)) is not None:
             monkeypatch.setattr(module, name, lambda *a, f=fused: (used.append(a), f(*a))[1])
-    assert torch.equal(whole, fed(production(CONFIG, WEIGHTS, unfused=[name]), ids, [19, 1]))
+    parts = production(CONFIG, WEIGHTS, unfused=[name])
+    assert torch.equal(whole, fed(parts, ids, [19, 1]))
+    assert torch.equal(kept.states, parts.cache.storage.states)
+    assert torch.equal(kept.pages, parts.cache.storage.pages)
     assert not used
     fed(production(CONFIG, WEIGHTS), ids, [19, 1])
     assert used

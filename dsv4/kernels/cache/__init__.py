@@ -2,6 +2,7 @@
 
 from dsv4.kernels.cache import (
     cache_reset,
+    cache_step_append,
     compressor_insert,
     compressor_state_append,
     gather_entries,
@@ -14,6 +15,7 @@ from dsv4.kernels.cache import (
 
 __all__ = [
     "cache_reset",
+    "cache_step_append",
     "compressor_insert",
     "compressor_state_append",
     "gather_entries",

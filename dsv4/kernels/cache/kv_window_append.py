@@ -12,17 +12,18 @@ from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.checks import check_float, check_int, check_stride
 from dsv4.kernels.common.kv_record import store_kv_record
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 
 REFERENCE = "dsv4.reference.cache_writes:kv_window_append"
 CONFIG = {"num_warps": 2}
 
 
 @triton.jit
-def kv_window_append_kernel(
-    kv_ptr, window_ptr, slot_ptr, position_ptr, end_ptr, stride, rows,
+def append_window_row(
+    kv_ptr, window_ptr, slot_ptr, position_ptr, end_ptr, t, stride, rows,
     C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
+    """The record of token t, if the ring takes it."""
     slot = tl.load(slot_ptr + t)
     position = tl.load(position_ptr + t)
     end = tl.load(end_ptr + t)
@@ -33,11 +34,24 @@ def kv_window_append_kernel(
         store_kv_record(window_ptr + slot * stride, position % rows, rows, kv, C, R, BLOCK_C)
 
 
-def launch(
+@triton.jit
+def kv_window_append_kernel(
+    kv_ptr, window_ptr, slot_ptr, position_ptr, end_ptr, stride, rows,
+    C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
+    append_window_row(
+        kv_ptr, window_ptr, slot_ptr, position_ptr, end_ptr, tl.program_id(0).to(tl.int64),
+        stride, rows, C, R, BLOCK_C,
+    )  # fmt: skip
+
+
+def check(
     kv: Tensor, window: Tensor, slot: Tensor, position: Tensor, end_position: Tensor,
     rows: int, rope_dim: int,
-) -> None:  # fmt: skip
-    """Write the rows. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
+) -> tuple[int, int, int]:  # fmt: skip
+    """Check the arguments; -> T, C, bytes of a ring."""
     sizes = check_tensors(
         kv=(kv, "T C", check_float("kv", kv)),
         window=(window, "slots stride", torch.uint8),
@@ -46,14 +60,22 @@ def launch(
         end_position=(end_position, "T", torch.int64),
     )
     check_int("rows", rows)
-    T, C = sizes["T"], sizes["C"]
-    stride = KvRecord(C, rope_dim).page_bytes(rows)
+    stride = KvRecord(sizes["C"], rope_dim).page_bytes(rows)
     check_stride("window", window, stride, f"{rows} rows")
+    return sizes["T"], sizes["C"], stride
+
+
+def launch(
+    kv: Tensor, window: Tensor, slot: Tensor, position: Tensor, end_position: Tensor,
+    rows: int, rope_dim: int,
+) -> None:  # fmt: skip
+    """Write the rows. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
+    T, C, stride = check(kv, window, slot, position, end_position, rows, rope_dim)
     if T == 0:
         return
     kv_window_append_kernel[(T,)](
         kv, window, slot, position, end_position, stride, rows,
-        C=C, R=rope_dim, BLOCK_C=triton.next_power_of_2(C), **CONFIG, **EXACT,
+        C=C, R=rope_dim, BLOCK_C=triton.next_power_of_2(C), **CONFIG, **PDL, **EXACT,
     )  # fmt: skip
 
 

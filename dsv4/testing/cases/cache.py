@@ -176,6 +176,19 @@ def compressor_case(
     )  # fmt: skip
 
 
+def step_append_args(
+    window: WindowCase, entries: CompressorCase | None, index: CompressorCase | None,
+    spans: Sequence[Span], padding: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of cache_step_append for one step of a layer."""
+    args = dict.fromkeys(f"{x}{y}" for x in ("", "index_") for y in ("kappa", "gamma", "state"))
+    for prefix, case in (("", entries), ("index_", index)):
+        if case is not None:
+            own = case.append_args(spans, padding)
+            args |= {f"{prefix}{name}": own[name] for name in ("kappa", "gamma", "state")}
+    return args | window.append_args(spans, padding)
+
+
 def cache_calls(
     num_tokens: int, head_dim: int = 128, page_tokens: int = 128, device: str = "cpu"
 ) -> dict[str, dict[str, Any]]:
@@ -210,10 +223,19 @@ def cache_calls(
             "entry": rows["position"], "entries_per_page": per_page,
             "head_dim": 128 if is_key else head_dim, "dtype": torch.bfloat16, **kind,
         }  # fmt: skip
+    layers: dict[str, Any] = {
+        "swa": (None, None),
+        "hca": (made["hca"], None),
+        "csa": (made["csa"], made["fp8"]),
+    }
     record = KvRecord(head_dim)
     at = {"slot": rows["slot"], "position": rows["position"]}
     return calls | {
         "compressor_state_append": made["csa"].append_args(spans),
+        **{
+            f"cache_step_append/{kind}": step_append_args(window, pair[0], pair[1], spans)
+            for kind, pair in layers.items()
+        },
         "cache_reset": {"state": made["csa"].state, "slot": rows["slot"]},
         "gather_window": {
             "window": window.window, **at, "rows": window.rows, "head_dim": head_dim,
