@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv4.cache.request import Step
 from dsv4.core.errors import RequestError
 from dsv4.engine.model import MAX_DECODE_ROWS, ProductionModel
-from dsv4.engine.stepper import DECODE_SIZES, Stepper
+from dsv4.engine.stepper import DECODE_SIZES, Stepper, to_device
 from dsv4.layers.batch import Batch
 
 
@@ -48,7 +48,7 @@ class DraftingStepper(Stepper):
         self, batch: Batch, streams: Tensor, following: Sequence[int], at: Tensor, chosen: Tensor
     ) -> None:
         """Rows of prompts into the MTP window; a draft where the prompt has ended."""
-        next_ids = torch.tensor(following, device=streams.device)
+        next_ids = to_device(following, streams.device)
         next_ids[at] = chosen
         drafted = self.mtp.streams(streams, next_ids, batch, self.window)
         if len(at):

@@ -29,6 +29,10 @@ class Engine:
     model    whose cache the engine takes over
     stepper  runs its steps; one with CUDA graphs is made on a GPU
     stop_ids ids that end any answer, unless its parameters say ignore_eos
+
+    num_preemptions  how often a request made room for others
+
+    On a GPU all kernels are compiled here, none later.
     """
 
     def __init__(
@@ -37,12 +41,15 @@ class Engine:
     ) -> None:  # fmt: skip
         self.model, self.stop_ids = model, stop_ids
         self.stepper = Stepper(model) if stepper is None else stepper
+        if model.device.type == "cuda":
+            self.stepper.warm_up()
         self.stepper.capture()
         self._waiting: deque[EngineRequest] = deque()
         self._running: list[EngineRequest] = []
         self._in_flight: deque[Launch] = deque()  # oldest first; two while a step is queued
         self._known: list[Update] = []  # tokens that `step` has not returned yet
         self._prefilled_last = False
+        self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -202,7 +209,14 @@ class Engine:
     ) -> tuple[EngineRequest, int] | None:
         """The pair, if its pages fit beside those of `batch`."""
         pair = request, n
-        return pair if self.model.cache.demand(_spans([*batch, pair])).fits else None
+        return pair if self._fits(_spans([*batch, pair])) else None
+
+    def _fits(self, spans: Sequence[tuple[CachedRequest, int]]) -> bool:
+        """Whether a step would get its pages; they are counted only where there are few."""
+        cache = self.model.cache
+        # of each request the pages that it begins, and a copy of a shared one
+        most = sum(n // cache.schema.page_tokens + 2 for _, n in spans)
+        return most <= cache.allocator.num_free or cache.demand(spans).fits
 
     # ---- decode
 
@@ -212,7 +226,7 @@ class Engine:
         while each > 1 and self._in_flight:
             self._collect()  # how many tokens count must be known before the next step
         ready = [r for r in self._running if r.num_sampled and r.wants_more]
-        while ready and not self.model.cache.demand(_spans([(r, each) for r in ready])).fits:
+        while ready and not self._fits(_spans([(r, each) for r in ready])):
             if self._in_flight:
                 self._collect()  # somebody may have ended
             else:
@@ -255,6 +269,7 @@ class Engine:
         assert len(self._running) > 1, "a request that is alone always fits"
         newest = self._running.pop()
         self.model.cache.preempt(_cached(newest))
+        self.num_preemptions += 1
         self._waiting.appendleft(newest)
 
     @contextmanager

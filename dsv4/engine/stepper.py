@@ -15,6 +15,7 @@ from torch import Tensor
 from dsv4.cache.request import Step
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.model import ProductionModel
+from dsv4.engine.warm_up import prompts, size_classes
 from dsv4.kernels.common.cuda import shared_counters
 from dsv4.layers.batch import Batch
 from dsv4.ops.sampling import sample
@@ -106,9 +107,9 @@ class Stepper:
         following  the id after each row, of which those after `last` are not known: any number
         """
         device = self.model.device
-        batch = self.model.batch(step, torch.tensor(ids, device=device), is_prefill=True)
+        batch = self.model.batch(step, to_device(ids, device), is_prefill=True)
         streams = self.model.trunk.streams(batch, self.model.storage)
-        at = torch.tensor(last, dtype=torch.int64, device=device)
+        at = to_device(last, device)
         slots = step.rows.slot[at]
         chosen = at
         if last:
@@ -155,6 +156,16 @@ class Stepper:
         live = slot >= 0
         return live, torch.where(live, slot, len(self.table.token) - 1)
 
+    def warm_up(self) -> None:
+        """Run prompts of all kinds of sizes: afterwards no kernel of a prompt is compiled."""
+        most = self.model.limits.max_requests
+        sizes = {*size_classes(self.model.limits.max_rows), *size_classes(most)}
+        for num_rows in sorted(sizes, reverse=True):  # the largest first, as in `capture`
+            with prompts(self.model, num_rows) as step:
+                if step is not None:
+                    ids, count = [0] * num_rows, num_rows if num_rows <= most else 1
+                    self.prefill(step, ids, ids, range(count))
+
     @torch.inference_mode()
     def capture(self) -> None:
         """Compile and record every decode step; afterwards none compiles or allocates.
@@ -187,6 +198,12 @@ class Stepper:
             return chosen
 
         return run
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Int64 numbers, copied without waiting for the steps that were queued before."""
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def _to_host(tokens: Tensor) -> Pending:

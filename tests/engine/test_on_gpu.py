@@ -14,6 +14,7 @@ from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
 from dsv4.engine.stepper import Stepper
+from dsv4.engine.warm_up import prompts
 from dsv4.loader import Checkpoint
 from dsv4.text.tokenizer import Tokenizer
 
@@ -81,6 +82,18 @@ def test_logits_of_a_row_do_not_depend_on_its_chunk() -> None:
         cache = one.new_cache()
         parts = torch.cat([one.forward(part, cache) for part in ids.split(chunks)])
         assert torch.equal(whole, parts), chunks
+
+
+def test_a_prefill_step_does_not_wait_for_the_device() -> None:
+    stepper = Engine(model()).stepper
+    with prompts(stepper.model, 100) as step:
+        assert step is not None
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            pending = stepper.prefill(step, [1] * 100, [2] * 100, [40, 99])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(pending.wait()) == 2
 
 
 def test_nothing_is_allocated_or_leaked_by_many_requests() -> None:
