@@ -142,11 +142,11 @@ def test_pages_beyond_two_gigabytes(variant: Any) -> None:
 
 
 def test_torch_compile_records_the_op() -> None:
-    case = indexer_case([(3000, 2)], 64, device="cuda")
+    args = indexer_case([(3000, 2)], 64, device="cuda").args()
 
     @torch.compile(fullgraph=True)
     def step(q: torch.Tensor) -> torch.Tensor:
-        return ops.indexer_scores_topk(**case.args() | {"q": q}) + 1
+        return ops.indexer_scores_topk(**args | {"q": q}) + 1
 
-    want = ops.indexer_scores_topk(**case.args()) + 1
-    assert_bits_equal("entries", step(case.q), want)
+    want = ops.indexer_scores_topk(**args) + 1
+    assert_bits_equal("entries", step(args["q"]), want)
