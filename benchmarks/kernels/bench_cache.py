@@ -18,6 +18,7 @@ from dsv4.testing.cases.cache import (
     Span,
     WindowCase,
     compressor_case,
+    insert_both_args,
     step_append_args,
 )
 
@@ -115,28 +116,47 @@ def append_case(made: CompressorCase, name: str, T: int, is_decode: bool) -> Cas
 
 
 def layer_cases() -> Iterator[Case]:
-    """What a step leaves in the rings of a CSA layer, at once and one ring after the other."""
-    for T, is_decode in [(T, True) for T in DECODE] + [(T, False) for T in PREFILL]:
-        slots, length, spans = (
-            (T, 128, spans_of(T, True)) if is_decode else (1, T, spans_of(T, False))
-        )
+    """What a step writes for a CSA layer, in one launch and op after op."""
+    for T, phase in [(T, p) for T in DECODE for p in ("decode", "idle")] + [(8192, "prefill")]:
+        spans = spans_of(T, phase != "prefill")
+        if phase == "idle":
+            spans = [(s, 125, 1) for s in range(T)]
+        slots, length = (1, T) if phase == "prefill" else (T, 128)
         window = WindowCase.random(slots, length, C, W)
         entries = compressor_case(4, C, length, slots, page_tokens=PAGE_TOKENS)
-        keys = compressor_case(4, J, length, slots, page_tokens=PAGE_TOKENS, keys="fp8")
-        rows = [T, T] if is_decode else [W, 8]
-        num_bytes = rows[0] * (2 * C + RECORD) + rows[1] * 2 * (C + J) * 2 * 4 * 2
-        one, chain = [], []
-        for _ in range(min(4, copies(num_bytes))):
-            own = [x.fresh("cuda") for x in (window, entries, keys)]
-            one.append(partial(ops.cache_step_append, **step_append_args(*own, spans)))
-            chain.append(partial(in_turn, [
-                partial(ops.kv_window_append, **own[0].append_args(spans)),
-                *(partial(ops.compressor_state_append, **x.append_args(spans)) for x in own[1:]),
-            ]))  # fmt: skip
-        shape = {"T": T, "kind": "csa", "phase": "decode" if is_decode else "prefill"}
-        yield Case(
-            "cache_step_append", shape, one, num_bytes, baseline="chain", baseline_calls=chain
+        keys = compressor_case(
+            4, J, length, slots, page_tokens=PAGE_TOKENS, keys="fp8", is_rotated=True
         )
+        rows = (W, 8) if phase == "prefill" else (T, T)
+        num_bytes = {
+            "entry_and_key_insert": 2 * 8 * T if phase == "idle" else sum(
+                insert_bytes(x, T, phase == "decode") for x in (entries, keys)
+            ),
+            "cache_step_append": rows[0] * (2 * C + RECORD) + rows[1] * 2 * (C + J) * 2 * 4 * 2,
+        }  # fmt: skip
+        made: dict[str, list[tuple[Any, Any]]] = {op: [] for op in num_bytes}
+        for _ in range(min(4, copies(num_bytes["cache_step_append"]))):
+            ring, *pair = own = [x.fresh("cuda") for x in (window, entries, keys)]
+            for x in pair:
+                x.state.normal_()
+            made["entry_and_key_insert"].append(
+                (insert_both_args(*pair, spans), partial(in_turn, [
+                    partial(ops.compressor_insert, **pair[0].insert_args(spans)),
+                    partial(ops.index_key_insert, **pair[1].insert_args(spans)),
+                ]))
+            )  # fmt: skip
+            made["cache_step_append"].append(
+                (step_append_args(*own, spans), partial(in_turn, [
+                    partial(ops.kv_window_append, **ring.append_args(spans)),
+                    *(partial(ops.compressor_state_append, **x.append_args(spans)) for x in pair),
+                ]))
+            )  # fmt: skip
+        for op, pairs in made.items():
+            calls = [partial(getattr(ops, op), **args) for args, _ in pairs]
+            yield Case(
+                op, {"T": T, "kind": "csa", "phase": phase}, calls, num_bytes[op],
+                baseline="chain", baseline_calls=[chain for _, chain in pairs],
+            )  # fmt: skip
 
 
 def in_turn(calls: Sequence[Callable[[], Any]]) -> None:

@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
                         "(default 1024)")  # fmt: skip
     parser.add_argument("--unfused", default="", metavar="NAME[,NAME]",
                         help="run these as their parts: mhc_post_pre, latent_kv_norm_pack, "
-                        "joined_wide_linear, cache_step_append")  # fmt: skip
+                        "joined_wide_linear, entry_and_key_insert, cache_step_append")  # fmt: skip
     parser.add_argument("--kernels", action="store_true", help="a table of kernels for each row")
     parser.add_argument("--trace", metavar="FILE", help="Chrome trace of the last step")
     parser.add_argument("--json", metavar="FILE", help="add the rows to FILE, one object a line")

@@ -107,20 +107,20 @@ class Attention:
         """Write entries and keys -> rows of each compressor; what each query takes, None for all"""
         if self.projections is None or self.compressor is None:
             return [], None
-        assert cache.state is not None
-        assert cache.entries is not None
-        per_page = batch.page_tokens // self.kind.ratio
         parts = self.projections(x, batch)
         new = CompressorRows(parts[0], parts[1])
-        self.compressor.insert_entries(new, batch, cache.state, cache.entries, per_page)
         if self.indexer is None:
+            self.compressor.insert_entries(new, batch, cache)
             return [new], None
-        assert cache.index_state is not None
+        index, index_new = self.indexer.compressor, CompressorRows(parts[2], parts[3])
+        form = self.indexer.form.keys, self.indexer.form.is_rotated
+        if "entry_and_key_insert" in self.unfused:
+            self.compressor.insert_entries(new, batch, cache)
+            index.insert_keys(index_new, batch, cache, *form)
+        else:
+            self.compressor.insert_both(new, index, index_new, batch, cache, *form)
         assert cache.index_keys is not None
-        index_new = CompressorRows(parts[2], parts[3])
-        chosen = self.indexer.choose(
-            latent, parts[4], batch, index_new, cache.index_state, cache.index_keys, per_page
-        )
+        chosen = self.indexer.choose(latent, parts[4], batch, cache.index_keys)
         return [new, index_new], chosen
 
     def _append(

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv4.cache.storage import LayerViews
 from dsv4.core.config import LayerKind
 from dsv4.core.kv_layout import IndexKeys
 from dsv4.layers.batch import Batch
 from dsv4.layers.weights import WeightView
-from dsv4.ops.cache import compressor_insert, index_key_insert
+from dsv4.ops.cache import compressor_insert, entry_and_key_insert, index_key_insert
 from dsv4.ops.linear import joined_wide_linear, wide_linear
 
 
@@ -73,26 +74,40 @@ class Compressor:
     norm: Tensor
     eps: float
 
-    def insert_entries(
-        self, new: CompressorRows, batch: Batch, state: Tensor, pages: Tensor, per_page: int
-    ) -> None:
+    def insert_entries(self, new: CompressorRows, batch: Batch, cache: LayerViews) -> None:
         """Write the entry of every window that a token of the batch completes."""
-        compressor_insert(*self._args(new, batch, state, pages, per_page))
+        own, angles, at = self._own(new, cache.state), self._angles(batch), self._at(batch)
+        compressor_insert(*own, *angles, cache.entries, *at)
 
     def insert_keys(
-        self, new: CompressorRows, batch: Batch, state: Tensor, pages: Tensor, per_page: int,
-        keys: IndexKeys, is_rotated: bool,
+        self, new: CompressorRows, batch: Batch, cache: LayerViews, keys: IndexKeys,
+        is_rotated: bool,
     ) -> None:  # fmt: skip
         """Write the indexer's key of every window that a token of the batch completes."""
-        args = self._args(new, batch, state, pages, per_page)
-        index_key_insert(*args, keys, is_rotated)
+        own, angles, at = self._own(new, cache.index_state), self._angles(batch), self._at(batch)
+        index_key_insert(*own, *angles, cache.index_keys, *at, keys, is_rotated)
 
-    def _args(
-        self, new: CompressorRows, batch: Batch, state: Tensor, pages: Tensor, per_page: int
-    ) -> tuple:
-        rows, rope = batch.rows, batch.ropes[self.kind]
+    def insert_both(
+        self, new: CompressorRows, index: Compressor, index_new: CompressorRows, batch: Batch,
+        cache: LayerViews, keys: IndexKeys, is_rotated: bool,
+    ) -> None:  # fmt: skip
+        """`insert_entries` of this one and `insert_keys` of `index`, at once."""
+        entry_and_key_insert(
+            *self._own(new, cache.state), cache.entries,
+            *index._own(index_new, cache.index_state), cache.index_keys,
+            *self._angles(batch), *self._at(batch), keys, is_rotated,
+        )  # fmt: skip
+
+    def _own(self, new: CompressorRows, state: Tensor | None) -> tuple:
+        return new.kappa, new.gamma, state, self.norm
+
+    def _angles(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        rope = batch.ropes[self.kind]
+        return rope.entry_cos, rope.entry_sin
+
+    def _at(self, batch: Batch) -> tuple:
+        rows, ratio = batch.rows, self.kind.ratio
         return (
-            new.kappa, new.gamma, state, self.norm, rope.entry_cos, rope.entry_sin, pages,
             batch.page_table, rows.slot, rows.position, rows.first_row, rows.first_position,
-            self.kind.ratio, per_page, self.eps, batch.dtype,
+            ratio, batch.page_tokens // ratio, self.eps, batch.dtype,
         )  # fmt: skip

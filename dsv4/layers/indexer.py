@@ -10,7 +10,7 @@ from dsv4.core.config import LayerKind, ModelConfig
 from dsv4.core.kv_layout import IndexKeys
 from dsv4.core.taps import tap
 from dsv4.layers.batch import Batch
-from dsv4.layers.compressor import Compressor, CompressorRows
+from dsv4.layers.compressor import Compressor
 from dsv4.layers.linear import Fp8Linear
 from dsv4.layers.weights import WeightView
 from dsv4.ops.indexer import indexer_scores_topk
@@ -47,24 +47,21 @@ class Indexer:
         compressor = Compressor(LayerKind.CSA, w["compressor.norm.weight"], config.rms_norm_eps)
         return cls(config, name, form, Fp8Linear.of(w.fp8("wq_b")), compressor)
 
-    def choose(
-        self, latent: Tensor, head_weights: Tensor, batch: Batch, new: CompressorRows,
-        state: Tensor, pages: Tensor, per_page: int,
-    ) -> Tensor:  # fmt: skip
-        """Write the keys that the batch completes, then pick each query's entries.
+    def choose(self, latent: Tensor, head_weights: Tensor, batch: Batch, pages: Tensor) -> Tensor:
+        """Pick each query's entries by their keys, those that the batch completes among them.
 
         latent        [T, L]
         head_weights  [T, I] FP32 without the factor 1 / sqrt(I J), which changes no order
         ->            [T, topk] int32, ascending, -1 after the last
         """
         c, form, rows = self.config, self.form, batch.rows
-        self.compressor.insert_keys(new, batch, state, pages, per_page, form.keys, form.is_rotated)
+        ratio = LayerKind.CSA.ratio
         q = self.wq_b(latent).unflatten(1, (c.index_n_heads, -1))
         rope = batch.ropes[LayerKind.CSA]
         inverse_rope(q, rope.cos, rope.minus_sin, rows.position)
         chosen = indexer_scores_topk(
             q, head_weights, pages, batch.page_table, rows.slot, rows.position,
-            LayerKind.CSA.ratio, per_page, c.index_topk, form.keys, form.is_rotated,
+            ratio, batch.page_tokens // ratio, c.index_topk, form.keys, form.is_rotated,
             form.is_rounded,
         )  # fmt: skip
         tap(f"{self.name}.topk", chosen)

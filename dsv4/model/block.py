@@ -19,7 +19,10 @@ from dsv4.layers.moe import Moe
 from dsv4.layers.weights import WeightView
 
 # Steps that can run as their parts.
-FUSED = ("mhc_post_pre", "latent_kv_norm_pack", "joined_wide_linear", "cache_step_append")
+FUSED = (
+    "mhc_post_pre", "latent_kv_norm_pack", "joined_wide_linear", "entry_and_key_insert",
+    "cache_step_append",
+)  # fmt: skip
 
 
 def check_unfused(names: Collection[str]) -> frozenset[str]:

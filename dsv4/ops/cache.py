@@ -2,7 +2,8 @@
 
 Within a step and layer, compressor_insert and index_key_insert read the state ring as the step
 before left it, so compressor_state_append comes after them; in a step that verifies draft tokens,
-both appends of all layers come after the verification. cache_step_append is all appends of a layer.
+both appends of all layers come after the verification. cache_step_append is all appends of a layer,
+entry_and_key_insert both inserts.
 """
 
 import torch
@@ -16,6 +17,7 @@ from dsv4.kernels import cache as kernels
 KV_WINDOW_APPEND = (kernels.kv_window_append.SPEC,)
 COMPRESSOR_INSERT = (kernels.compressor_insert.SPEC,)
 INDEX_KEY_INSERT = (kernels.index_key_insert.SPEC,)
+ENTRY_AND_KEY_INSERT = (kernels.entry_and_key_insert.SPEC,)
 COMPRESSOR_STATE_APPEND = (kernels.compressor_state_append.SPEC,)
 CACHE_STEP_APPEND = (kernels.cache_step_append.SPEC,)
 CACHE_RESET = (kernels.cache_reset.SPEC,)
@@ -66,6 +68,24 @@ def index_key_insert(
         kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
         first_position, ratio, entries_per_page, eps, dtype, keys, is_rotated,
     )  # fmt: skip
+
+
+@dsv4_op(fake=_nothing, mutates=("pages", "index_pages"))
+def entry_and_key_insert(
+    kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, pages: Tensor,
+    index_kappa: Tensor, index_gamma: Tensor, index_state: Tensor, index_norm: Tensor,
+    index_pages: Tensor, cos: Tensor, sin: Tensor, page_table: Tensor, slot: Tensor,
+    position: Tensor, first_row: Tensor, first_position: Tensor, ratio: int,
+    entries_per_page: int, eps: float, dtype: torch.dtype, keys: str, is_rotated: bool,
+) -> None:  # fmt: skip
+    """See dsv4.reference.cache_writes.entry_and_key_insert."""
+    args = (
+        kappa, gamma, state, norm, pages, index_kappa, index_gamma, index_state, index_norm,
+        index_pages, cos, sin, page_table, slot, position, first_row, first_position, ratio,
+        entries_per_page, eps, dtype, keys, is_rotated,
+    )  # fmt: skip
+    kernel = select(ENTRY_AND_KEY_INSERT, kappa.device)
+    kernel.launch(*args, kernels.entry_and_key_insert.scratch(*args))
 
 
 @dsv4_op(fake=_nothing, mutates=("state",))

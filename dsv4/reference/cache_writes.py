@@ -104,6 +104,25 @@ def index_key_insert(
     _scatter_records(pages, page, row, entries_per_page, size, records, null_page=0)
 
 
+def entry_and_key_insert(
+    kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, pages: Tensor,
+    index_kappa: Tensor, index_gamma: Tensor, index_state: Tensor, index_norm: Tensor,
+    index_pages: Tensor, cos: Tensor, sin: Tensor, page_table: Tensor, slot: Tensor,
+    position: Tensor, first_row: Tensor, first_position: Tensor, ratio: int,
+    entries_per_page: int, eps: float, dtype: torch.dtype, keys: IndexKeys, is_rotated: bool,
+) -> None:  # fmt: skip
+    """compressor_insert, then index_key_insert of the same windows (CSA).
+
+    Names that begin with "index_" are of the keys; the others of the entries, or of both. Either
+    both overlap or neither.
+    """
+    angles, at = (cos, sin), (page_table, slot, position, first_row, first_position)
+    sizes = ratio, entries_per_page, eps, dtype
+    compressor_insert(kappa, gamma, state, norm, *angles, pages, *at, *sizes)
+    own = index_kappa, index_gamma, index_state, index_norm
+    index_key_insert(*own, *angles, index_pages, *at, *sizes, keys, is_rotated)
+
+
 def compressed_entries(
     kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, cos: Tensor, sin: Tensor,
     slot: Tensor, position: Tensor, first_row: Tensor, first_position: Tensor, ratio: int,

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from dsv4.ops import cache as ops
 from dsv4.reference import cache_writes as oracle
-from dsv4.testing.cases.cache import WindowCase, cache_calls, chunks, compressor_case
+from dsv4.testing.cases.cache import (
+    WindowCase,
+    cache_calls,
+    chunks,
+    compressor_case,
+    insert_both_args,
+    step_append_args,
+)
 from dsv4.testing.numeric import assert_bits_equal
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +45,8 @@ def test_a_long_window_chunk_equals_the_oracle(dtype: torch.dtype) -> None:
     assert_bits_equal("window", got.window, want.window)
 
 
-def test_a_graph_replays_with_the_tables_of_the_step() -> None:
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_graph_replays_with_the_tables_of_the_step(is_fused: bool) -> None:
     """One captured decode step of 4 rows serves every step, padding included."""
     case = compressor_case(4, 512, 40, 3, is_exact=True).fresh("cuda")
     keys = compressor_case(4, 128, 40, 3, keys="mxfp4", is_rotated=True, is_exact=True)
@@ -47,6 +55,11 @@ def test_a_graph_replays_with_the_tables_of_the_step() -> None:
     eager_window = window.fresh("cuda")
 
     def calls(c: Any, k: Any, w: Any, spans: Any, pad: int) -> list[tuple[Any, dict[str, Any]]]:
+        if is_fused:
+            return [
+                (ops.entry_and_key_insert, insert_both_args(c, k, spans, pad)),
+                (ops.cache_step_append, step_append_args(w, c, k, spans, pad)),
+            ]
         return [
             (ops.kv_window_append, w.append_args(spans, pad)),
             (ops.compressor_insert, c.insert_args(spans, pad)),
@@ -142,6 +155,31 @@ def test_long_and_short_steps_give_the_same_bits(ratio: int, dims: int, keys: An
         assert_bits_equal("pages", other.pages, ends[0].pages)
         assert_bits_equal("state", other.state, ends[0].state)
     assert bool((ends[0].pages[1:] != 0xFF).any())
+
+
+@pytest.mark.parametrize("keys", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("length", [60, 1100])
+def test_one_launch_for_several_stores_equals_the_chain(keys: Any, length: int) -> None:
+    """Random numbers, so that a sum taken in another order shows; short steps and long ones."""
+    window = WindowCase.random(2, length, 512, rows=128)
+    entries = compressor_case(4, 512, length, 2, seed=4)
+    index = compressor_case(4, 128, length, 2, keys=keys, is_rotated=True, seed=4)
+    chain, fused = ([x.fresh("cuda") for x in (window, entries, index)] for _ in range(2))
+    for start, n in ((0, length - 7), (length - 7, 1), (length - 6, 6)):
+        spans = [(0, start, n), (1, start, n)]
+        ring, *pair = chain
+        ops.compressor_insert(**pair[0].insert_args(spans, 3))
+        ops.index_key_insert(**pair[1].insert_args(spans, 3))
+        ops.kv_window_append(**ring.append_args(spans, 3))
+        for x in pair:
+            ops.compressor_state_append(**x.append_args(spans, 3))
+        ops.entry_and_key_insert(**insert_both_args(*fused[1:], spans, 3))
+        ops.cache_step_append(**step_append_args(*fused, spans, 3))
+    assert_bits_equal("window", fused[0].window, chain[0].window)
+    for got, want in zip(fused[1:], chain[1:], strict=True):
+        assert_bits_equal("state", got.state, want.state)
+        assert_bits_equal("pages", got.pages, want.pages)
+        assert bool((got.pages[1:] != 0xFF).any())
 
 
 @pytest.mark.parametrize("ratio", [4, 128])

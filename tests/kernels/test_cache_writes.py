@@ -30,6 +30,7 @@ from dsv4.testing.cases.cache import (
     cache_calls,
     chunks,
     compressor_case,
+    insert_both_args,
     step_append_args,
 )
 from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
@@ -339,6 +340,57 @@ def test_index_keys_on_the_null_page_or_past_the_table_are_not_written(keys: Any
     assert_same(case, [[(0, 0, 300)]])
 
 
+# Both at once
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+@pytest.mark.parametrize(
+    ("dims", "index_dims", "ratio", "form"),
+    [
+        (192, 128, 4, {"keys": "mxfp4", "is_rotated": True}),
+        (512, 128, 4, {"keys": "fp8", "is_rotated": True}),
+        (128, 64, 8, {"keys": "fp8", "dtype": FP32}),
+        (512, 128, 16, {"keys": "mxfp4", "overlap": False}),
+    ],
+)
+def test_inserts_in_one_launch_equal_the_chain(
+    dims: int, index_dims: int, ratio: int, form: Any, is_exact: bool
+) -> None:
+    """In short and in long steps, from windows in one part and in several."""
+    both = {"overlap": True, "page_tokens": 32, "is_exact": is_exact}
+    plain = {k: v for k, v in form.items() if k in ("dtype", "overlap")}
+    entries = compressor_case(ratio, dims, 40, 3, **both | plain, seed=1)
+    index = compressor_case(ratio, index_dims, 40, 3, **both | form, seed=1)
+
+    def run_layer(impl: Any, device: str, is_chain: bool) -> list[Tensor]:
+        own, its = entries.fresh(device), index.fresh(device)
+        for spans in MIXED:
+            if is_chain:
+                impl.compressor_insert(**own.insert_args(spans, 2))
+                impl.index_key_insert(**its.insert_args(spans, 2))
+            else:
+                impl.entry_and_key_insert(**insert_both_args(own, its, spans, 2))
+            for case in (own, its):
+                impl.compressor_state_append(**case.append_args(spans, 2))
+        return [own.pages, its.pages]
+
+    chain = run_layer(ops, DEVICE, True)
+    wanted = [run_layer(ops, DEVICE, False)]
+    if is_exact:
+        wanted.append(run_layer(oracle, "cpu", False))
+    for want in wanted:
+        for name, x, y in zip(("entries", "keys"), want, chain, strict=True):
+            assert_bits_equal(name, x.cpu(), y.cpu())
+    assert all(bool((x != 0xFF).any()) for x in chain)
+
+
+def test_only_windows_of_one_kind_go_together() -> None:
+    entries = compressor_case(4, 128, 8, overlap=True)
+    index = compressor_case(4, 64, 8, overlap=False, keys="fp8")
+    with pytest.raises(ValueError, match="index_kappa: expected width 128, .* got 64"):
+        ops.entry_and_key_insert(**insert_both_args(entries, index, [(0, 0, 8)]))
+
+
 # State, reads
 
 
@@ -499,6 +551,7 @@ BAD = {
     "compressor_insert": ("page_table", lambda x: x.long()),
     "index_key_insert": ("norm", lambda x: x[:127]),
     "compressor_state_append": ("state", lambda x: x.double()),
+    "entry_and_key_insert": ("index_norm", lambda x: x[:127]),
     "cache_step_append": ("end_position", lambda x: x.int()),
     "cache_reset": ("slot", lambda x: x.int()),
     "gather_window": ("rows", lambda x: 0),

@@ -18,6 +18,7 @@ from dsv4.kernels.common.checks import check_float, check_stride
 from dsv4.kernels.common.compressor import check_compressor, completing, entry_row
 from dsv4.kernels.common.kv_record import store_kv_record
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.pooling import pool_window
 from dsv4.kernels.common.split import arrival_counters, is_last_arrival
 from dsv4.kernels.common.vectors import rms_norm, rope
@@ -43,14 +44,15 @@ def finish_entry(
 
 
 @triton.jit
-def compressor_insert_kernel(
+def insert_entries(
     kappa_ptr, gamma_ptr, state_ptr, norm_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr,
-    slot_ptr, position_ptr, first_row_ptr, first_position_ptr, pooled_ptr, counter_ptr, T,
+    slot_ptr, position_ptr, first_row_ptr, first_position_ptr, pooled_ptr, counter_ptr, part, T,
     max_pages, stride, num_rows, eps,
     C: tl.constexpr, R: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
     BF16: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr,
     PART_C: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """Entries that GROUP token rows complete; of their channels those of `part`."""
     HALVES: tl.constexpr = 2 if OVERLAP else 1
     first = tl.program_id(0).to(tl.int64) * GROUP
     i = completing(slot_ptr, position_ptr, first, -1, T, RATIO, GROUP)
@@ -61,7 +63,7 @@ def compressor_insert_kernel(
         entry = end // RATIO - 1
         page, row = entry_row(table_ptr, slot, entry, max_pages, num_rows)
         if page > 0:
-            c = tl.program_id(1) * PART_C + tl.arange(0, PART_C)
+            c = part * PART_C + tl.arange(0, PART_C)
             x = pool_window(
                 kappa_ptr, gamma_ptr, state_ptr + slot * (2 * HALVES * RATIO * HALVES * C), end,
                 tl.load(first_row_ptr + t), tl.load(first_position_ptr + t), c, C, RATIO,
@@ -85,6 +87,25 @@ def compressor_insert_kernel(
         i = completing(slot_ptr, position_ptr, first, i, T, RATIO, GROUP)
 
 
+@triton.jit
+def compressor_insert_kernel(
+    kappa_ptr, gamma_ptr, state_ptr, norm_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr,
+    slot_ptr, position_ptr, first_row_ptr, first_position_ptr, pooled_ptr, counter_ptr, T,
+    max_pages, stride, num_rows, eps,
+    C: tl.constexpr, R: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
+    BF16: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr,
+    PART_C: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
+    insert_entries(
+        kappa_ptr, gamma_ptr, state_ptr, norm_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr,
+        slot_ptr, position_ptr, first_row_ptr, first_position_ptr, pooled_ptr, counter_ptr,
+        tl.program_id(1), T, max_pages, stride, num_rows, eps,
+        C, R, RATIO, OVERLAP, BF16, BLOCK_C, BLOCK_ROWS, PARTS, PART_C, GROUP,
+    )  # fmt: skip
+
+
 def parts_of(C: int, ratio: int, width: int) -> tuple[int, int]:
     """Programs that share a window, and channels of each; from the shape of a window alone."""
     rows = triton.next_power_of_2(ratio * (width // C))
@@ -98,9 +119,43 @@ def scratch(
     first_position: Tensor, ratio: int, entries_per_page: int, eps: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Allocate [T, C] for pooled channels on their way to another program, if they go there."""
+    return pooled_rows(kappa, norm, ratio)
+
+
+def pooled_rows(kappa: Tensor, norm: Tensor, ratio: int) -> Tensor:
+    """The scratch of an insertion of entries."""
     C = norm.shape[0]
     is_shared = C > 0 and ratio > 0 and parts_of(C, ratio, kappa.shape[1])[0] > 1
     return kappa.new_empty(kappa.shape[0] * is_shared, C)
+
+
+def check(
+    kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, cos: Tensor, sin: Tensor,
+    pages: Tensor, page_table: Tensor, slot: Tensor, position: Tensor, first_row: Tensor,
+    first_position: Tensor, ratio: int, entries_per_page: int, dtype: torch.dtype,
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """Check the arguments; -> T, C, R, bytes of a page."""
+    T, C, R = check_compressor(
+        kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
+        first_position, ratio, entries_per_page,
+    )  # fmt: skip
+    check_float("dtype", dtype)
+    stride = KvRecord(C, R).page_bytes(entries_per_page)
+    check_stride("pages", pages, stride, f"{entries_per_page} entries")
+    return T, C, R, stride
+
+
+def constants(T: int, C: int, R: int, ratio: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """What the device function is compiled for."""
+    parts, part = parts_of(C, ratio, width)
+    is_overlap = width == 2 * C
+    return {
+        "C": C, "R": R, "RATIO": ratio, "OVERLAP": is_overlap, "BF16": dtype is torch.bfloat16,
+        "BLOCK_C": triton.next_power_of_2(C),
+        "BLOCK_ROWS": triton.next_power_of_2(ratio * (1 + is_overlap)), "PARTS": parts,
+        "PART_C": part,
+        "GROUP": 1 if CONFIG["DECODE"] >= T else triton.next_power_of_2(ratio),
+    }  # fmt: skip
 
 
 def launch(
@@ -110,26 +165,19 @@ def launch(
     scratch: Tensor,
 ) -> None:  # fmt: skip
     """Write the records. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    T, C, R = check_compressor(
+    T, C, R, stride = check(
         kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
-        first_position, ratio, entries_per_page,
+        first_position, ratio, entries_per_page, dtype,
     )  # fmt: skip
-    is_bf16 = check_float("dtype", dtype) is torch.bfloat16
-    stride = KvRecord(C, R).page_bytes(entries_per_page)
-    check_stride("pages", pages, stride, f"{entries_per_page} entries")
     if T == 0:
         return
-    is_overlap = kappa.shape[1] == 2 * C
-    parts, part = parts_of(C, ratio, kappa.shape[1])
-    group = 1 if CONFIG["DECODE"] >= T else triton.next_power_of_2(ratio)
-    compressor_insert_kernel[(triton.cdiv(T, group), parts)](
+    own = constants(T, C, R, ratio, kappa.shape[1], dtype)
+    compressor_insert_kernel[(triton.cdiv(T, own["GROUP"]), own["PARTS"])](
         kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
-        first_position, scratch, arrival_counters(kappa.device, T) if parts > 1 else slot, T,
-        page_table.shape[1], stride, entries_per_page, eps,
-        C=C, R=R, RATIO=ratio, OVERLAP=is_overlap, BF16=is_bf16,
-        BLOCK_C=triton.next_power_of_2(C),
-        BLOCK_ROWS=triton.next_power_of_2(ratio * (1 + is_overlap)), PARTS=parts, PART_C=part,
-        GROUP=group, num_warps=CONFIG["num_warps"], **EXACT,
+        first_position, scratch,
+        arrival_counters(kappa.device, T) if own["PARTS"] > 1 else slot, T,
+        page_table.shape[1], stride, entries_per_page, eps, **own,
+        num_warps=CONFIG["num_warps"], **PDL, **EXACT,
     )  # fmt: skip
 
 

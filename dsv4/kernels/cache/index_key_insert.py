@@ -10,27 +10,30 @@ from torch import Tensor
 
 from dsv4.core.dispatch import KernelSpec
 from dsv4.core.kv_layout import IndexRecord
+from dsv4.kernels.cache import compressor_insert
 from dsv4.kernels.common.bits import round_to, widen
 from dsv4.kernels.common.checks import check_float, check_power_of_two, check_stride
 from dsv4.kernels.common.compressor import check_compressor, completing, entry_row
 from dsv4.kernels.common.kv_record import store_index_key
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.pooling import pool_window
 from dsv4.kernels.common.vectors import hadamard, rms_norm, rope
 
 REFERENCE = "dsv4.reference.cache_writes:index_key_insert"
-# DECODE: in steps of more tokens a program looks at `ratio` of them.
-CONFIG = {"DECODE": 4 if INTERPRETED else 256, "num_warps": 2}
+# Those of compressor_insert: in one launch with it the sums take the same order.
+CONFIG = {name: compressor_insert.CONFIG[name] for name in ("DECODE", "num_warps")}
 
 
 @triton.jit
-def index_key_insert_kernel(
+def insert_keys(
     kappa_ptr, gamma_ptr, state_ptr, norm_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr,
     slot_ptr, position_ptr, first_row_ptr, first_position_ptr, T, max_pages, stride, num_rows, eps,
     J: tl.constexpr, R: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
     BF16: tl.constexpr, MXFP4: tl.constexpr, HADAMARD: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """Keys that GROUP token rows complete."""
     HALVES: tl.constexpr = 2 if OVERLAP else 1
     first = tl.program_id(0).to(tl.int64) * GROUP
     c = tl.arange(0, J)
@@ -56,6 +59,55 @@ def index_key_insert_kernel(
         i = completing(slot_ptr, position_ptr, first, i, T, RATIO, GROUP)
 
 
+@triton.jit
+def index_key_insert_kernel(
+    kappa_ptr, gamma_ptr, state_ptr, norm_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr,
+    slot_ptr, position_ptr, first_row_ptr, first_position_ptr, T, max_pages, stride, num_rows, eps,
+    J: tl.constexpr, R: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
+    BF16: tl.constexpr, MXFP4: tl.constexpr, HADAMARD: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
+    insert_keys(
+        kappa_ptr, gamma_ptr, state_ptr, norm_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr,
+        slot_ptr, position_ptr, first_row_ptr, first_position_ptr, T, max_pages, stride, num_rows,
+        eps, J, R, RATIO, OVERLAP, BF16, MXFP4, HADAMARD, SCALE, BLOCK_ROWS, GROUP,
+    )  # fmt: skip
+
+
+def check(
+    kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, cos: Tensor, sin: Tensor,
+    pages: Tensor, page_table: Tensor, slot: Tensor, position: Tensor, first_row: Tensor,
+    first_position: Tensor, ratio: int, entries_per_page: int, dtype: torch.dtype, keys: str,
+    prefix: str = "",
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """Check the arguments, with names as check_compressor's; -> T, J, R, bytes of a page."""
+    T, J, R = check_compressor(
+        kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
+        first_position, ratio, entries_per_page, prefix,
+    )  # fmt: skip
+    check_float("dtype", dtype)
+    check_power_of_two(f"{prefix}norm", J)
+    stride = IndexRecord(J, keys).page_bytes(entries_per_page)
+    check_stride(f"{prefix}pages", pages, stride, f"{entries_per_page} keys in {keys}")
+    return T, J, R, stride
+
+
+def constants(
+    T: int, J: int, R: int, ratio: int, width: int, dtype: torch.dtype, keys: str,
+    is_rotated: bool,
+) -> dict[str, int | float]:  # fmt: skip
+    """What the device function is compiled for."""
+    is_overlap = width == 2 * J
+    return {
+        "J": J, "R": R, "RATIO": ratio, "OVERLAP": is_overlap, "BF16": dtype is torch.bfloat16,
+        "MXFP4": keys == "mxfp4", "HADAMARD": is_rotated, "SCALE": J**-0.5,
+        "BLOCK_ROWS": triton.next_power_of_2(ratio * (1 + is_overlap)),
+        "GROUP": 1 if CONFIG["DECODE"] >= T else triton.next_power_of_2(ratio),
+    }  # fmt: skip
+
+
 def launch(
     kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, cos: Tensor, sin: Tensor,
     pages: Tensor, page_table: Tensor, slot: Tensor, position: Tensor, first_row: Tensor,
@@ -63,25 +115,17 @@ def launch(
     keys: str, is_rotated: bool,
 ) -> None:  # fmt: skip
     """Write the keys. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    T, J, R = check_compressor(
+    T, J, R, stride = check(
         kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
-        first_position, ratio, entries_per_page,
+        first_position, ratio, entries_per_page, dtype, keys,
     )  # fmt: skip
-    is_bf16 = check_float("dtype", dtype) is torch.bfloat16
-    check_power_of_two("norm", J)
-    stride = IndexRecord(J, keys).page_bytes(entries_per_page)
-    check_stride("pages", pages, stride, f"{entries_per_page} keys in {keys}")
     if T == 0:
         return
-    is_overlap = kappa.shape[1] == 2 * J
-    group = 1 if CONFIG["DECODE"] >= T else triton.next_power_of_2(ratio)
-    index_key_insert_kernel[(triton.cdiv(T, group),)](
+    own = constants(T, J, R, ratio, kappa.shape[1], dtype, keys, is_rotated)
+    index_key_insert_kernel[(triton.cdiv(T, own["GROUP"]),)](
         kappa, gamma, state, norm, cos, sin, pages, page_table, slot, position, first_row,
-        first_position, T, page_table.shape[1], stride, entries_per_page, eps,
-        J=J, R=R, RATIO=ratio, OVERLAP=is_overlap, BF16=is_bf16,
-        MXFP4=keys == "mxfp4", HADAMARD=is_rotated, SCALE=J**-0.5,
-        BLOCK_ROWS=triton.next_power_of_2(ratio * (1 + is_overlap)), GROUP=group,
-        num_warps=CONFIG["num_warps"], **EXACT,
+        first_position, T, page_table.shape[1], stride, entries_per_page, eps, **own,
+        num_warps=CONFIG["num_warps"], **PDL, **EXACT,
     )  # fmt: skip
 
 

@@ -36,30 +36,35 @@ def completing(
 def check_compressor(
     kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, cos: Tensor, sin: Tensor,
     pages: Tensor, page_table: Tensor, slot: Tensor, position: Tensor, first_row: Tensor,
-    first_position: Tensor, ratio: int, entries_per_page: int,
+    first_position: Tensor, ratio: int, entries_per_page: int, prefix: str = "",
 ) -> tuple[int, int, int]:  # fmt: skip
-    """Check the arguments of an insertion; -> T, the dims of an entry and its RoPE dims."""
-    sizes = check_tensors(
-        kappa=(kappa, "T width", torch.float32),
-        gamma=(gamma, "T width", torch.float32),
-        state=(state, "slots 2 rows width", torch.float32),
-        norm=(norm, "C", check_float("norm", norm)),
-        cos=(cos, "S pairs", torch.float32),
-        sin=(sin, "S pairs", torch.float32),
-        pages=(pages, "pages stride", torch.uint8),
-        page_table=(page_table, "slots max_pages", torch.int32),
-        slot=(slot, "T", torch.int64),
-        position=(position, "T", torch.int64),
-        first_row=(first_row, "T", torch.int64),
-        first_position=(first_position, "T", torch.int64),
-    )
+    """Check the arguments of an insertion; -> T, the dims of an entry and its RoPE dims.
+
+    prefix  of the names of kappa, gamma, state, norm and pages
+    """
+    sizes = check_tensors(**{
+        f"{prefix}kappa": (kappa, "T width", torch.float32),
+        f"{prefix}gamma": (gamma, "T width", torch.float32),
+        f"{prefix}state": (state, "slots 2 rows width", torch.float32),
+        f"{prefix}norm": (norm, "C", check_float(f"{prefix}norm", norm)),
+        "cos": (cos, "S pairs", torch.float32),
+        "sin": (sin, "S pairs", torch.float32),
+        f"{prefix}pages": (pages, "pages stride", torch.uint8),
+        "page_table": (page_table, "slots max_pages", torch.int32),
+        "slot": (slot, "T", torch.int64),
+        "position": (position, "T", torch.int64),
+        "first_row": (first_row, "T", torch.int64),
+        "first_position": (first_position, "T", torch.int64),
+    })  # fmt: skip
     check_int("ratio", ratio)
     check_int("entries_per_page", entries_per_page)
     width, C, rows = sizes["width"], sizes["C"], sizes["rows"]
     if width not in (C, 2 * C):
-        raise ValueError(f"kappa: expected width {C} or {2 * C} for norm [{C}], got {width}")
+        raise ValueError(
+            f"{prefix}kappa: expected width {C} or {2 * C} for {prefix}norm [{C}], got {width}"
+        )
     if rows != ratio * (width // C):
-        raise ValueError(f"state: expected {ratio * (width // C)} rows, got {rows}")
+        raise ValueError(f"{prefix}state: expected {ratio * (width // C)} rows, got {rows}")
     R = 2 * sizes["pairs"]
     if R > C:
         raise ValueError(f"cos: expected at most {C // 2} pairs, got {R // 2}")

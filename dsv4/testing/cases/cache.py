@@ -189,6 +189,16 @@ def step_append_args(
     return args | window.append_args(spans, padding)
 
 
+def insert_both_args(
+    entries: CompressorCase, index: CompressorCase, spans: Sequence[Span], padding: int = 0
+) -> dict[str, Any]:
+    """Arguments of entry_and_key_insert for one step of a layer."""
+    own = index.insert_args(spans, padding)
+    names = ("kappa", "gamma", "state", "norm", "pages")
+    its = {f"index_{name}": own[name] for name in names}
+    return own | its | entries.insert_args(spans, padding)
+
+
 def cache_calls(
     num_tokens: int, head_dim: int = 128, page_tokens: int = 128, device: str = "cpu"
 ) -> dict[str, dict[str, Any]]:
@@ -223,19 +233,10 @@ def cache_calls(
             "entry": rows["position"], "entries_per_page": per_page,
             "head_dim": 128 if is_key else head_dim, "dtype": torch.bfloat16, **kind,
         }  # fmt: skip
-    layers: dict[str, Any] = {
-        "swa": (None, None),
-        "hca": (made["hca"], None),
-        "csa": (made["csa"], made["fp8"]),
-    }
     record = KvRecord(head_dim)
     at = {"slot": rows["slot"], "position": rows["position"]}
-    return calls | {
+    return calls | layer_calls(window, made, spans) | {
         "compressor_state_append": made["csa"].append_args(spans),
-        **{
-            f"cache_step_append/{kind}": step_append_args(window, pair[0], pair[1], spans)
-            for kind, pair in layers.items()
-        },
         "cache_reset": {"state": made["csa"].state, "slot": rows["slot"]},
         "gather_window": {
             "window": window.window, **at, "rows": window.rows, "head_dim": head_dim,
@@ -247,6 +248,22 @@ def cache_calls(
             "scale_bytes": record.scale_bytes,
         },
     }  # fmt: skip
+
+
+def layer_calls(
+    window: WindowCase, made: dict[str, CompressorCase], spans: Sequence[Span]
+) -> dict[str, dict[str, Any]]:
+    """The ops that write for several stores of a layer."""
+    csa, fp8 = made["csa"], made["fp8"]
+    calls = {
+        f"entry_and_key_insert/{keys}": insert_both_args(csa, made[keys], spans)
+        for keys in ("fp8", "mxfp4")
+    }
+    return calls | {
+        "cache_step_append/swa": step_append_args(window, None, None, spans),
+        "cache_step_append/hca": step_append_args(window, made["hca"], None, spans),
+        "cache_step_append/csa": step_append_args(window, csa, fp8, spans),
+    }
 
 
 def aot_calls() -> dict[str, dict[str, Any]]:
