@@ -12,11 +12,12 @@ from torch import Tensor
 
 from dsv4.ops import linear as ops
 from dsv4.testing.bench import COLD_BYTES, Case, nbytes, run
-from dsv4.testing.cases.linear import FLASH, HEAD_FLASH, PRO, WIDE_FLASH, tokens
+from dsv4.testing.cases.linear import FLASH, HEAD_FLASH, JOINED_FLASH, PRO, WIDE_FLASH, tokens
 
 DECODE, PREFILL = (1, 8, 64), (1024, 8192)
 PREFILL_NAMES = ("wq_b", "wo_b")
 PRO_NAMES = ("wq_b", "wo_b")
+RATIO = {"csa": 4, "hca": 128}  # places of a window
 
 
 def random_weight(N: int, K: int) -> tuple[Tensor, Tensor]:
@@ -75,6 +76,27 @@ def wide_cases(op: str, name: str, shape: tuple[int, int]) -> Iterator[Case]:
         )
 
 
+def joined_cases(name: str, parts: list[int], K: int) -> Iterator[Case]:
+    """What a compressed layer projects its hidden state to; the baseline adds no bias."""
+    N, ratio = sum(parts), RATIO[name]
+    copies = -(-COLD_BYTES // (2 * N * K)) + 1
+    weights = [torch.randn(N, K, device="cuda").to(torch.bfloat16) for _ in range(copies)]
+    bias = torch.randn(ratio, N, device="cuda")
+    baseline = partial(torch.mm, out_dtype=torch.float32)
+    for M in DECODE + PREFILL:
+        x, position = tokens(M, K, device="cuda"), torch.arange(M, device="cuda")
+        yield Case(
+            "joined_wide_linear",
+            {"name": name, "M": M},
+            [partial(ops.joined_wide_linear, x, w, bias, position, parts) for w in weights],
+            nbytes(weights[0], x, position) + 4 * min(M, ratio) * N + 4 * M * N,
+            flops=2 * M * N * K,
+            is_compute=M > 256,
+            baseline="cuBLAS BF16",
+            baseline_calls=[partial(baseline, x, w.T) for w in weights],
+        )
+
+
 def cases() -> Iterator[Case]:
     """Every row of this file."""
     modes = ("w8a16", "w8a8")
@@ -83,6 +105,8 @@ def cases() -> Iterator[Case]:
         yield from fp8_cases(name, shape, counts, modes)
     for name in PRO_NAMES:
         yield from fp8_cases(f"pro_{name}", PRO[name], DECODE, modes)
+    for name, parts in JOINED_FLASH.items():
+        yield from joined_cases(name, parts, WIDE_FLASH["gate"][1])
     for name, shape in WIDE_FLASH.items():
         yield from wide_cases("wide_linear", name, shape)
     yield from wide_cases("lm_head", "", HEAD_FLASH)

@@ -12,8 +12,10 @@ from dsv4.kernels import linear as kernels
 # Best first.
 LINEAR_FP8 = (kernels.linear_fp8_sm90.SPEC, kernels.linear_fp8.SPEC)
 LINEAR_FP8_ANY = (kernels.linear_fp8.SPEC,)
-JOINED_WIDE_LINEAR = (kernels.joined_wide_linear.SPEC,)
-WIDE_LINEAR = (kernels.wide_linear.SPEC,)
+JOINED_WIDE_LINEAR = (kernels.joined_wide_linear_sm90.SPEC, kernels.joined_wide_linear.SPEC)
+JOINED_WIDE_LINEAR_ANY = (kernels.joined_wide_linear.SPEC,)
+WIDE_LINEAR = (kernels.wide_linear_sm90.SPEC, kernels.wide_linear.SPEC)
+WIDE_LINEAR_ANY = (kernels.wide_linear.SPEC,)
 
 
 def _fake_linear_fp8(
@@ -37,8 +39,9 @@ def linear_fp8(
 @dsv4_op(fake=lambda x, weight: kernels.wide_linear.result(x, weight))
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """See dsv4.reference.linear.wide_linear."""
+    few = kernels.wide_linear_sm90.takes(x, weight)
     out = kernels.wide_linear.outputs(x, weight)
-    select(WIDE_LINEAR, x.device).launch(x, weight, out)
+    select(WIDE_LINEAR if few else WIDE_LINEAR_ANY, x.device).launch(x, weight, out)
     return out[0]
 
 
@@ -47,7 +50,8 @@ def joined_wide_linear(
     x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, parts: list[int]
 ) -> Tensor:
     """See dsv4.reference.linear.joined_wide_linear."""
+    few = kernels.wide_linear_sm90.takes(x, weight)
     out = kernels.joined_wide_linear.outputs(x, weight, bias, position, parts)
-    kernel = select(JOINED_WIDE_LINEAR, x.device)
+    kernel = select(JOINED_WIDE_LINEAR if few else JOINED_WIDE_LINEAR_ANY, x.device)
     kernel.launch(x, weight, bias, position, parts, out)
     return out[0]

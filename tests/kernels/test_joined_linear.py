@@ -1,30 +1,46 @@
 """joined_wide_linear: the parts, each on its own, against FP64; a row is on its own."""
 
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from dsv4.kernels.linear import joined_wide_linear as kernel
+from dsv4.kernels.linear import joined_wide_linear as portable
+from dsv4.kernels.linear import joined_wide_linear_sm90 as hopper
 from dsv4.ops import linear as ops
 from dsv4.reference import linear as oracle
 from dsv4.testing.cases import DEVICE
 from dsv4.testing.cases.linear import JOINED_FLASH, joined_args
 from dsv4.testing.numeric import assert_bits_equal
+from support.wide_error import assert_within, wide_error
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 CASES = [
     (3, 256, [64, 64, 32, 32, 8], 4), (1, 256, [128, 128], 128), (5, 200, [70], 4),
     (17, 128, [1, 2, 3], 1), (2, 384, [50, 13, 1, 90], 7), (70, 128, [64, 64], 4),
-    (0, 128, [64], 4),
+    (0, 128, [64], 4), (7, 1536, [16, 3], 4),
 ]  # fmt: skip
+KERNELS = [(portable, *case) for case in CASES]
 if DEVICE == "cuda":
-    CASES += [(T, 4096, parts, 4) for T in (1, 8, 64, 2000) for parts in JOINED_FLASH.values()]
+    FULL = [(T, 4096, parts, 4) for T in (1, 8, 64, 2000) for parts in JOINED_FLASH.values()]
+    FEW = [
+        (1, 512, [64], 1), (3, 1024, [40, 25], 7), (20, 1536, [16, 3], 4), (64, 2048, [9, 90], 4),
+        (33, 4096, [100, 60], 128), (40, 7168, [2000, 624], 4),
+    ]  # fmt: skip
+    KERNELS += [(portable, *case) for case in FULL + FEW]
+    if torch.cuda.get_device_capability()[0] == 9:
+        KERNELS += [(hopper, *case) for case in FULL + FEW if case[0] <= 64]
 
 
-@pytest.mark.parametrize(("T", "K", "parts", "ratio"), CASES, ids=str)
-def test_equals_the_oracle(T: int, K: int, parts: list[int], ratio: int) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "T", "K", "parts", "ratio"), KERNELS, ids=lambda p: getattr(p, "__name__", str(p))
+)
+def test_equals_the_oracle(
+    kernel: ModuleType, T: int, K: int, parts: list[int], ratio: int
+) -> None:
     args = joined_args(T, K, parts, ratio, device=DEVICE)
     out = kernel.outputs(**args)
     out[0].fill_(float("nan"))
@@ -34,8 +50,14 @@ def test_equals_the_oracle(T: int, K: int, parts: list[int], ratio: int) -> None
     wide = args | {name: args[name].double() for name in ("x", "weight", "bias")}
     exact = oracle.joined_wide_linear(**wide)
     assert out[0].shape == same.shape == (T * sum(parts),)
-    limit = 1e-6 * exact.norm() + 2 * (same.double() - exact).norm()
-    assert float((out[0].double() - exact).norm()) <= float(limit)
+    y, want = (in_rows(flat, T, parts) for flat in (out[0], exact))
+    assert_within("y", y, want, wide_error(args["x"], args["weight"]) + 2.0**-23 * want.abs())
+
+
+def in_rows(flat: Tensor, T: int, parts: list[int]) -> Tensor:
+    """[T, sum(parts)] of parts that follow each other."""
+    pieces = flat.split([T * rows for rows in parts])
+    return torch.cat([p.view(T, rows) for p, rows in zip(pieces, parts, strict=True)], dim=1)
 
 
 def test_parts_lie_one_after_the_other() -> None:

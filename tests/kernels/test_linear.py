@@ -1,6 +1,7 @@
 """dsv4.kernels.linear against dsv4.reference.linear: error against FP64, edges, arguments."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,15 +10,16 @@ from torch import Tensor
 
 from dsv4.core.formats import FP8_BLOCK128, BlockScaledTensor
 from dsv4.kernels.common import linear_plan
-from dsv4.kernels.common.linear_plan import cut
+from dsv4.kernels.common.linear_plan import cut, wide_cut
 from dsv4.kernels.common.linear_weights import join_rows, split_rows
-from dsv4.kernels.linear import linear_fp8
+from dsv4.kernels.linear import linear_fp8, wide_linear, wide_linear_sm90
 from dsv4.ops import linear as ops
 from dsv4.reference import linear as oracle
 from dsv4.reference.quant import dequantize, fp8_act_dequantize, fp8_act_quantize
 from dsv4.testing.cases import DEVICE
-from dsv4.testing.cases.linear import FLASH, PRO, fp8_weight, tokens
+from dsv4.testing.cases.linear import FLASH, PRO, WIDE_FLASH, fp8_weight, tokens
 from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
+from support.wide_error import assert_within, wide_error
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -117,13 +119,15 @@ def test_chunks_add_up_in_one_program_and_in_many(
     min_programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_plan, "MIN_PROGRAMS", min_programs)
-    assert cut(128, 1536).num_chunks > 1
+    assert min(cut(128, 1536).num_chunks, wide_cut(128, 1536).num_chunks) > 1
     g = torch.Generator().manual_seed(0)
     weight = torch.randint(-8, 9, (128, 1536), generator=g).to(torch.bfloat16).to(DEVICE)
     x = torch.randint(-4, 5, (3, 1536), generator=g).to(torch.bfloat16).to(DEVICE)
     scale = torch.ones(1, 12, device=DEVICE)
     want = x.float() @ weight.float().T
-    assert_bits_equal("wide", ops.wide_linear(x, weight), want)
+    out = wide_linear.outputs(x, weight)
+    wide_linear.launch(x, weight, out)
+    assert_bits_equal("wide", out[0], want)
     kernel, fp8 = linear_fp8, weight.to(torch.float8_e4m3fn)
     out = kernel.outputs(x, fp8, scale, 1, False)
     kernel.launch(x, fp8, scale, 1, False, out)
@@ -156,6 +160,44 @@ def test_the_cut_covers_every_column_once() -> None:
             assert (c.cluster - 1) * c.chunks * c.chunk < blocks
             assert c.num_chunks <= c.cluster * c.chunks
     assert all(cut(*shape).tiles for shape in [*FLASH.values(), *PRO.values()])
+
+
+def test_the_wide_cut_covers_every_column_once_and_runs_at_once() -> None:
+    shapes = [(160, 4096), (2624, 4096), (384, 7168), (2624, 7168), (129280, 4096), (200, 300)]
+    for N, K in [*WIDE_FLASH.values(), *shapes, *(s[:2] for s in SHAPES)]:
+        c, blocks = wide_cut(N, K), -(-K // 128)
+        firsts = [c.first_block(i, K) for i in range(c.num_chunks + 1)]
+        assert firsts[0] == 0
+        assert firsts[-1] == blocks
+        sizes = [b - a for a, b in pairwise(firsts)]
+        assert min(sizes) > 0
+        assert max(sizes) - min(sizes) <= 1
+        if c.cluster:
+            assert c.num_chunks == 4 * c.cluster
+            assert -(-N // c.rows) * c.cluster <= linear_plan.AT_ONCE.get(c.cluster, 96)
+    assert all(wide_cut(N, K).cluster for N, K in WIDE_FLASH.values())
+
+
+def test_few_blocks_stream_a_wide_weight_that_many_would() -> None:
+    """The gate, too, is pulled by more SMs than it has tiles of 64 rows."""
+    for N, K, least in ((160, 4096, 64), (256, 4096, 64), (1024, 4096, 96), (2624, 4096, 120)):
+        for T in (1, 8, 9, 16, 17, 32, 33, 64):
+            p = wide_linear_sm90.plan(T, N, K)
+            assert p.grid >= least
+            assert p.shared <= 227 << 10
+            assert p.defines["NTOK"] >= T
+            assert p.defines["DEPTH"] >= 2
+    assert wide_linear_sm90.plan(1, 2624, 4096).defines["DEPTH"] == 6  # all of the longest chunk
+
+
+def test_which_weights_go_to_the_kernel_for_few_tokens() -> None:
+    x, weight = tokens(64, 4096), torch.empty(256, 4096, dtype=torch.bfloat16)
+    assert wide_linear_sm90.takes(x, weight)
+    assert not wide_linear_sm90.takes(x[:0], weight)
+    assert not wide_linear_sm90.takes(tokens(65, 4096), weight)
+    assert not wide_linear_sm90.takes(x, weight.new_empty(129280, 4096, device="meta"))
+    for K in (384, 4096 - 64):  # fewer blocks than chunks; half a block
+        assert not wide_linear_sm90.takes(x[:, :K], weight[:, :K])
 
 
 def test_no_tokens() -> None:
@@ -250,8 +292,22 @@ def test_wide_linear_matches_oracle(num_tokens: int, shape: tuple[int, int]) -> 
     got = ops.wide_linear(x, weight)
     assert got.dtype == torch.float32
     exact = oracle.wide_linear(x.double(), weight.double())
-    limit = 1e-6 * exact.norm() + (oracle.wide_linear(x, weight).double() - exact).norm() * 2
-    assert (got.double() - exact).norm() <= limit
+    assert_within("y", got, exact, wide_error(x, weight))
+
+
+@pytest.mark.parametrize("shape", [(256, 384), (100, 200), (16, 1536), (256, 4096)], ids=str)
+def test_a_missing_block_is_beyond_the_error_of_wide_linear(shape: tuple[int, int]) -> None:
+    """And so are a sum kept in BF16 and a row that is another's."""
+    weight, x = bf16_weight(*shape), tokens(3, shape[1], seed=1, device=DEVICE)
+    exact, limit = oracle.wide_linear(x.double(), weight.double()), wide_error(x, weight)
+    assert_within("oracle", oracle.wide_linear(x, weight), exact, limit)
+    less = x.clone()
+    less[:, 128:256] = 0
+    wrong = oracle.wide_linear(less.double(), weight.double()), exact.bfloat16(), exact.roll(1, 1)
+    for got in wrong:
+        for t in range(3):
+            with pytest.raises(AssertionError, match="times the error allowed"):
+                assert_within("y", got[t], exact[t], limit[t])
 
 
 def test_wide_linear_of_nothing_and_its_contract() -> None:

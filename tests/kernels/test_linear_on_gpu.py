@@ -1,16 +1,26 @@
 """What the interpreter cannot show: full sizes, bits in any batch, CUDA graphs."""
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsv4.kernels.linear import linear_fp8, linear_fp8_sm90
+from dsv4.kernels.common import cuda
+from dsv4.kernels.linear import (
+    joined_wide_linear,
+    joined_wide_linear_sm90,
+    linear_fp8,
+    linear_fp8_sm90,
+    wide_linear,
+    wide_linear_sm90,
+)
 from dsv4.ops import linear as ops
 from dsv4.reference import linear as oracle
-from dsv4.testing.cases.linear import FLASH, PRO, fp8_weight, tokens
+from dsv4.testing.cases.linear import FLASH, JOINED_FLASH, PRO, fp8_weight, joined_args, tokens
 from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
+from support.wide_error import assert_within, wide_error
 
 pytestmark = pytest.mark.gpu
 
@@ -33,14 +43,12 @@ def weight_of(name: str) -> tuple[Tensor, Tensor, int]:
     return weight.clamp(-448, 448).to(torch.float8_e4m3fn), scale, groups
 
 
-def launched(
-    kernel: ModuleType, x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize: bool
-) -> Tensor:
+def launched(kernel: ModuleType, *args: Any) -> Tensor:
     """The result of one kernel, whatever `select` would take; NaN where it writes nothing."""
-    out = kernel.outputs(x, weight, scale, groups, quantize)
+    out = kernel.outputs(*args)
     for t in out[:2]:
         t.fill_(float("nan"))
-    kernel.launch(x, weight, scale, groups, quantize, out)
+    kernel.launch(*args, out)
     return out[0]
 
 
@@ -123,13 +131,96 @@ def test_torch_compile_records_the_op() -> None:
     assert_bits_equal("y", step(x), ops.linear_fp8(x, weight, scale).float() + 1)
 
 
-@pytest.mark.parametrize("shape", [(256, 4096), (2048, 4096), (64, 7168), (129280, 4096)], ids=str)
-def test_wide_linear_at_full_size(shape: tuple[int, int]) -> None:
+# BF16 weights. Of the gate (whole and with fewer experts), compressors, head weights; of Pro; with
+# rows that fill no tile, and with few columns.
+WIDE_FEW = [
+    (256, 4096), (160, 4096), (2624, 4096), (1024, 4096), (2048, 4096), (64, 4096), (384, 7168),
+    (2624, 7168), (1024, 7168), (64, 7168), (8448, 4096), (70, 512), (1000, 1536), (5, 640),
+]  # fmt: skip
+
+
+def wide_weight(shape: tuple[int, int]) -> Tensor:
     g = torch.Generator("cuda").manual_seed(0)
-    weight = torch.randn(shape, device="cuda", generator=g).to(torch.bfloat16) / 64
-    x = tokens(200, shape[1], device="cuda")
+    return torch.randn(shape, device="cuda", generator=g).to(torch.bfloat16) / 64
+
+
+@pytest.mark.parametrize("shape", [*WIDE_FEW, (129280, 4096), (200, 300)], ids=str)
+def test_wide_linear_at_full_size(shape: tuple[int, int]) -> None:
+    """Error, and the same bits for a token alone, among others, and in a prompt."""
+    weight, x = wide_weight(shape), tokens(200, shape[1], device="cuda")
     every = ops.wide_linear(x, weight)
     exact = oracle.wide_linear(x[:20].double(), weight.double())
-    assert (every[:20] - exact).norm() <= 1e-5 * exact.norm()
-    for T in (1, 8, 17, 33, 64):
+    assert_within("y", every[:20], exact, wide_error(x[:20], weight))
+    for T in COUNTS:
         assert_bits_equal(f"{T} tokens", ops.wide_linear(x[:T], weight), every[:T])
+    assert_bits_equal("alone", ops.wide_linear(x[50:51], weight), every[50:51])
+
+
+@pytest.mark.parametrize("shape", WIDE_FEW, ids=str)
+def test_wide_kernels_agree_to_the_bit(shape: tuple[int, int]) -> None:
+    needs_hopper()
+    weight, x = wide_weight(shape), tokens(64, shape[1], device="cuda")
+    x[3, 7] = float("nan")  # of no other token's concern
+    for T in COUNTS:
+        args = x[:T], weight
+        want = launched(wide_linear, *args)
+        assert_bits_equal(f"{T} tokens", launched(wide_linear_sm90, *args), want)
+
+
+@pytest.mark.parametrize("name", JOINED_FLASH)
+def test_joined_kernels_agree_to_the_bit(name: str) -> None:
+    needs_hopper()
+    for T in COUNTS:
+        args = tuple(joined_args(T, 4096, JOINED_FLASH[name], device="cuda").values())
+        want = launched(joined_wide_linear, *args)
+        assert_bits_equal(f"{T} tokens", launched(joined_wide_linear_sm90, *args), want)
+
+
+@pytest.mark.parametrize("T", [1, 16, 32, 64])
+@pytest.mark.parametrize("shape", WIDE_FEW, ids=str)
+def test_all_blocks_of_a_wide_weight_run_at_once(shape: tuple[int, int], T: int) -> None:
+    """A second wave would double the time; clusters do not fit everywhere."""
+    needs_hopper()
+    p = wide_linear_sm90.plan(T, *shape)
+    source = wide_linear_sm90.wide_linear_kernel(p)
+    kernel = cuda.load(source, torch.device("cuda", torch.cuda.current_device()), p.shared)
+    config, size = cuda.driver.CUlaunchConfig(), cuda.driver.CUlaunchAttribute()
+    config.gridDimX, config.blockDimX = p.grid, wide_linear_sm90.THREADS
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.sharedMemBytes = p.shared
+    size.id = cuda.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    size.value.clusterDim.x = p.defines["CLUSTER"]
+    size.value.clusterDim.y = size.value.clusterDim.z = 1
+    config.attrs, config.numAttrs = [size], 1
+    clusters = cuda.driver_call("cuOccupancyMaxActiveClusters", kernel.function, config)
+    assert clusters * p.defines["CLUSTER"] >= p.grid
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20, 64])
+def test_wide_linears_in_a_chain_wait_for_their_input(num_tokens: int) -> None:
+    """Each starts while the kernel that writes its input still runs."""
+    fp8 = [fp8_weight(4096, 4096, seed=i, device="cuda") for i in range(4)]
+    wide, joined = wide_weight((256, 4096)), wide_weight((2624, 4096))
+    rest = joined_args(num_tokens, 4096, JOINED_FLASH["csa"], device="cuda")
+    x = tokens(num_tokens, 4096, device="cuda")
+
+    def chain(y: Tensor, wait: bool) -> list[Tensor]:
+        found = []
+        for weight, scale in fp8:
+            y = ops.linear_fp8(y, weight, scale)
+            if wait:
+                torch.cuda.synchronize()
+            found.append(ops.wide_linear(y, wide))
+            found.append(ops.joined_wide_linear(**rest | {"x": y, "weight": joined}))
+        return found
+
+    want = chain(x, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(x, False)
+    for _ in range(20):
+        for t in got:
+            t.fill_(float("nan"))
+        graph.replay()
+        for i, (t, w) in enumerate(zip(got, want, strict=True)):
+            assert_bits_equal(f"y[{i}]", t, w)

@@ -19,6 +19,12 @@ MIN_PROGRAMS = 128  # fewer whole tiles than this are split over chunks
 MAX_CLUSTERED = 96  # blocks in clusters of more than 2 that run at once for certain, one an SM
 START_STEPS = 8  # what a block costs, in tiles of 128 columns
 NUM_SMS = 132  # of the device the cut was made for; fixed, because the cut decides about bits
+WIDE_CHUNKS = 4  # of a block: one for each warpgroup
+STEP_ROWS = 20  # what a step of 128 columns costs beside its rows, in rows
+# Blocks in clusters of so many that run at once, one an SM; MAX_CLUSTERED where it is not said. The
+# 132 SMs lie in 8 groups of at most 18, two or more of them at a time missing: in any such mix
+# clusters of 3 leave 6 SMs over.
+AT_ONCE = {1: NUM_SMS, 2: NUM_SMS, 3: 126}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,41 @@ def cut(N: int, K: int, groups: int = 1) -> Cut:
             if steps < least:
                 num_chunks = triton.cdiv(blocks, chunk)
                 best, least = Cut(chunk, num_chunks, tiles, chunks, cluster), steps
+    return best
+
+
+@dataclass(frozen=True)
+class WideCut:
+    """How the columns of a BF16 weight are cut. Depends on its shape alone, as `Cut` does.
+
+    num_chunks     chunk c of C is the blocks c B / C up to (c + 1) B / C of all B, rounded down
+    rows, cluster  for the kernel with clusters: `cluster` blocks hold all chunks of the same `rows`
+                   rows, WIDE_CHUNKS chunks each; 0 where the shape does not suit it
+    """
+
+    num_chunks: int
+    rows: int = 0
+    cluster: int = 0
+
+    def first_block(self, chunk: int, K: int) -> int:
+        """The block of 128 columns that a chunk begins with."""
+        return chunk * triton.cdiv(K, BLOCK) // self.num_chunks
+
+
+@cache
+def wide_cut(N: int, K: int) -> WideCut:
+    """The cut of a BF16 weight [N, K] that gives each SM least to do, all blocks at once."""
+    blocks = triton.cdiv(K, BLOCK)
+    best, least = WideCut(min(WIDE_CHUNKS, blocks)), float("inf")
+    for rows in (64, 32, 16):
+        for cluster in range(1, MAX_CLUSTER + 1):
+            num_chunks, programs = WIDE_CHUNKS * cluster, triton.cdiv(N, rows) * cluster
+            is_too_many = programs > AT_ONCE.get(cluster, MAX_CLUSTERED)
+            if K % BLOCK or num_chunks > blocks or is_too_many:
+                continue
+            steps = triton.cdiv(blocks, cluster) * (rows + STEP_ROWS)
+            if steps < least:
+                best, least = WideCut(num_chunks, rows, cluster), steps
     return best
 
 

@@ -17,14 +17,14 @@ from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.checks import check_int
 from dsv4.kernels.common.launch import INTERPRETED
-from dsv4.kernels.common.linear_plan import cut, tile_plan
+from dsv4.kernels.common.linear_plan import tile_plan, wide_cut
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.split import is_last_arrival, sum_in_order
 from dsv4.kernels.linear import wide_linear
-from dsv4.kernels.linear.wide_linear import CONFIG, chunk_sum
+from dsv4.kernels.linear.wide_linear import CONFIG, sum_chunks
 from dsv4.kernels.linear.wide_linear import tensor_core as tensor_core
 
 REFERENCE = "dsv4.reference.linear:joined_wide_linear"
-BLOCK = tl.constexpr(128)
 MAX_PARTS = 5
 
 
@@ -48,18 +48,19 @@ def _store(
 @triton.jit
 def joined_wide_linear_kernel(
     x_ptr, weight_ptr, bias_ptr, position_ptr, y_ptr, partial_ptr, counter_ptr, T, N, K, R,
-    b1, b2, b3, b4, chunk, num_chunks,
+    b1, b2, b3, b4, num_chunks,
     IS_SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     tile, part = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2) * BM + tl.arange(0, BM)
     row = tile * BN + tl.arange(0, BN)
-    num_blocks = (K + BLOCK - 1) // BLOCK
+    last = part + 1 if IS_SPLIT else num_chunks
+    total = sum_chunks(
+        x_ptr, weight_ptr, row, token, T, N, K, part, last, num_chunks, BM, BN, STAGES
+    )
     if IS_SPLIT:
-        last = tl.minimum(part * chunk + chunk, num_blocks)
-        total = chunk_sum(
-            x_ptr, weight_ptr, row, token, T, N, K, part * chunk, last, BM, BN, STAGES
-        )
         tile_index = (tl.program_id(2) * tl.num_programs(0) + tile).to(tl.int64)
         partial_ptr += tile_index * num_chunks * (BM * BN)
         offset = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -68,13 +69,6 @@ def joined_wide_linear_kernel(
             y = sum_in_order(partial_ptr, offset, BM * BN, num_chunks)
             _store(y_ptr, bias_ptr, position_ptr, y, row, token, T, N, R, b1, b2, b3, b4)
     else:
-        last = tl.minimum(chunk, num_blocks)
-        total = chunk_sum(x_ptr, weight_ptr, row, token, T, N, K, 0, last, BM, BN, STAGES)
-        for c in tl.range(1, num_chunks, num_stages=1):
-            last = tl.minimum(c * chunk + chunk, num_blocks)
-            total += chunk_sum(
-                x_ptr, weight_ptr, row, token, T, N, K, c * chunk, last, BM, BN, STAGES
-            )
         _store(y_ptr, bias_ptr, position_ptr, total, row, token, T, N, R, b1, b2, b3, b4)
 
 
@@ -91,12 +85,10 @@ def outputs(
     return y.flatten(), partial, counters
 
 
-def launch(
-    x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, parts: list[int],
-    out: tuple[Tensor, Tensor, Tensor],
-) -> None:  # fmt: skip
-    """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    y, partial, counters = out
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, parts: list[int], y: Tensor
+) -> tuple[int, ...]:
+    """Check the arguments; -> T, N, K, R and the first rows of all parts but the first."""
     sizes = check_tensors(
         x=(x, "T K", torch.bfloat16), weight=(weight, "N K", torch.bfloat16),
         bias=(bias, "R N", torch.float32), position=(position, "T", torch.int64),
@@ -108,15 +100,24 @@ def launch(
     if sum(parts) != N or len(parts) > MAX_PARTS:
         raise ValueError(f"parts: expected at most {MAX_PARTS} with the sum {N}, got {parts}")
     check_int("rows of bias", R)
+    bounds = [*accumulate(parts)][:-1]
+    return T, N, K, R, *bounds, *[N] * (MAX_PARTS - 1 - len(bounds))
+
+
+def launch(
+    x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, parts: list[int],
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
+    y, partial, counters = out
+    T, N, K, R, *bounds = check(x, weight, bias, position, parts, y)
     if T == 0:
         return
-    bounds = [*accumulate(parts)][:-1]
-    bounds += [N] * (MAX_PARTS - 1 - len(bounds))
-    c = cut(N, K)
-    p = tile_plan(CONFIG, T, N, 1, c.num_chunks)
+    num_chunks = wide_cut(N, K).num_chunks
+    p = tile_plan(CONFIG, T, N, 1, num_chunks)
     joined_wide_linear_kernel[p.grid](
-        x, weight, bias, position, y, partial, counters, T, N, K, R, *bounds, c.chunk,
-        c.num_chunks, IS_SPLIT=p.is_split, **p.tile,
+        x, weight, bias, position, y, partial, counters, T, N, K, R, *bounds, num_chunks,
+        IS_SPLIT=p.is_split, **p.tile, **PDL,
     )  # fmt: skip
 
 

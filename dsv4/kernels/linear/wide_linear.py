@@ -1,7 +1,8 @@
 """BF16 weights times BF16 activations, result FP32: compressors, gate, index weights. Triton.
 
-Same chunks, same order of sums and therefore the same promise as `linear_fp8`: a row gets the same
-bits in any batch. cuBLAS does not give that: it picks its kernel and its split by the batch.
+Chunks of K that depend on the weight alone, added in order, and therefore the same promise as
+`linear_fp8`: a row gets the same bits in any batch. cuBLAS does not give that: it picks its kernel
+and its split by the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.fragments import mma
 from dsv4.kernels.common.launch import INTERPRETED
-from dsv4.kernels.common.linear_plan import cut, tile_plan
+from dsv4.kernels.common.linear_plan import tile_plan, wide_cut
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.split import arrival_counters, is_last_arrival, sum_in_order
 
 REFERENCE = "dsv4.reference.linear:wide_linear"
@@ -30,40 +32,52 @@ CONFIG = {
 
 
 @triton.jit
-def chunk_sum(
-    x_ptr, weight_ptr, row, token, T, N, K, first, last,
+def sum_chunks(
+    x_ptr, weight_ptr, row, token, T, N, K, chunk, last_chunk, num_chunks,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """FP32 [BN, BM] sum over the blocks first .. last - 1."""
+    """FP32 [BN, BM]: chunks up to last_chunk - 1, each a sum on its own, added in order.
+
+    One loop over all their blocks, so that loads run ahead across the ends of chunks.
+    """
+    num_blocks = (K + BLOCK - 1) // BLOCK
     k = tl.arange(0, BLOCK)
     w_at = weight_ptr + row[:, None].to(tl.int64) * K + k[None, :]
     x_at = x_ptr + token[:, None].to(tl.int64) * K + k[None, :]
-    total = tl.zeros([BN, BM], tl.float32)
+    first, last = chunk * num_blocks // num_chunks, last_chunk * num_blocks // num_chunks
+    end = (chunk + 1) * num_blocks // num_chunks
+    total, part = tl.zeros([BN, BM], tl.float32), tl.zeros([BN, BM], tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
         at = block * BLOCK
         live = (k < K - at)[None, :]
         w = tl.load(w_at + at, live & (row < N)[:, None], 0.0)
         x = tl.load(x_at + at, live & (token < T)[:, None], 0.0)
-        total = mma(w, tl.trans(x), total)
+        part = mma(w, tl.trans(x), part)
+        if block + 1 == end:
+            total += part
+            part = tl.zeros([BN, BM], tl.float32)
+            chunk += 1
+            end = (chunk + 1) * num_blocks // num_chunks
     return total
 
 
 @triton.jit
 def wide_linear_kernel(
-    x_ptr, weight_ptr, y_ptr, partial_ptr, counter_ptr, T, N, K, chunk, num_chunks,
+    x_ptr, weight_ptr, y_ptr, partial_ptr, counter_ptr, T, N, K, num_chunks,
     IS_SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     tile, part = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2) * BM + tl.arange(0, BM)
     row = tile * BN + tl.arange(0, BN)
-    num_blocks = (K + BLOCK - 1) // BLOCK
     y_at = y_ptr + token[None, :].to(tl.int64) * N + row[:, None]
     y_live = (token < T)[None, :] & (row < N)[:, None]
+    last = part + 1 if IS_SPLIT else num_chunks
+    total = sum_chunks(
+        x_ptr, weight_ptr, row, token, T, N, K, part, last, num_chunks, BM, BN, STAGES
+    )
     if IS_SPLIT:
-        last = tl.minimum(part * chunk + chunk, num_blocks)
-        total = chunk_sum(
-            x_ptr, weight_ptr, row, token, T, N, K, part * chunk, last, BM, BN, STAGES
-        )
         tile_index = (tl.program_id(2) * tl.num_programs(0) + tile).to(tl.int64)
         partial_ptr += tile_index * num_chunks * (BM * BN)
         offset = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -71,13 +85,6 @@ def wide_linear_kernel(
         if is_last_arrival(counter_ptr + tile_index, num_chunks):
             tl.store(y_at, sum_in_order(partial_ptr, offset, BM * BN, num_chunks), y_live)
     else:
-        last = tl.minimum(chunk, num_blocks)
-        total = chunk_sum(x_ptr, weight_ptr, row, token, T, N, K, 0, last, BM, BN, STAGES)
-        for c in tl.range(1, num_chunks, num_stages=1):
-            last = tl.minimum(c * chunk + chunk, num_blocks)
-            total += chunk_sum(
-                x_ptr, weight_ptr, row, token, T, N, K, c * chunk, last, BM, BN, STAGES
-            )
         tl.store(y_at, total, y_live)
 
 
@@ -91,30 +98,34 @@ def outputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (N, K), T, y = weight.shape, x.shape[0], result(x, weight)
     if T == 0:
         return y, y.new_empty(0), y.new_empty(0, dtype=torch.int32)
-    num_chunks = cut(N, K).num_chunks
+    num_chunks = wide_cut(N, K).num_chunks
     p = tile_plan(CONFIG, T, N, 1, num_chunks)
     tiles = p.grid[0] * p.grid[2] if p.is_split else 0
     partial = y.new_empty(tiles * num_chunks * p.tile["BM"] * p.tile["BN"])
     return y, partial, arrival_counters(x.device, max(tiles, 1))
 
 
-def launch(x: Tensor, weight: Tensor, out: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    y, partial, counters = out
+def check(x: Tensor, weight: Tensor, y: Tensor) -> tuple[int, int, int]:
+    """Check the arguments; -> T, N, K."""
     sizes = check_tensors(
         x=(x, "T K", torch.bfloat16),
         weight=(weight, "N K", torch.bfloat16),
         y=(y, "T N", torch.float32),
     )
-    T, N, K = sizes["T"], sizes["N"], sizes["K"]
+    return sizes["T"], sizes["N"], sizes["K"]
+
+
+def launch(x: Tensor, weight: Tensor, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
+    y, partial, counters = out
+    T, N, K = check(x, weight, y)
     if T == 0:
         return
-    c = cut(N, K)
-    p = tile_plan(CONFIG, T, N, 1, c.num_chunks)
+    num_chunks = wide_cut(N, K).num_chunks
+    p = tile_plan(CONFIG, T, N, 1, num_chunks)
     wide_linear_kernel[p.grid](
-        x, weight, y, partial, counters, T, N, K, c.chunk, c.num_chunks, IS_SPLIT=p.is_split,
-        **p.tile,
-    )  # fmt: skip
+        x, weight, y, partial, counters, T, N, K, num_chunks, IS_SPLIT=p.is_split, **p.tile, **PDL
+    )
 
 
 def tensor_core(arch: int, args: dict[str, object]) -> str | None:

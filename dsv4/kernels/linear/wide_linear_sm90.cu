@@ -1,0 +1,284 @@
+// y = W x, FP32, for BF16 W and x and few tokens. The Python files of this name check arguments.
+//
+// A block owns ROWS rows and four chunks of K, one for a warpgroup; CLUSTER blocks hold all chunks of
+// the same rows. Every warp copies the weights of its own 16 rows asynchronously into a ring that only
+// it reads, so that its loop has no barrier, and asks for as much as the ring holds before the kernel
+// in front of it has ended. The sums of the chunks are added through distributed shared memory, chunk
+// 0 first.
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// NTOK     columns of the matrix instruction: 8, 16, 32 or 64 tokens
+// ROWS     rows of a block: 16, 32 or 64; the matrix instruction always has 64
+// BLOCKS   blocks of 128 columns of a block at most      CLUSTER  blocks that share an output
+// DEPTH    steps of 64 columns under way for a warp
+// RING     whether x goes through the ring too; else a block stages its share of x as a whole
+// JOINED   whether there are a bias by position and several parts
+constexpr int NWG = 4, THREADS = NWG * 128, ACC = NTOK / 2, CHUNKS = NWG * CLUSTER;
+constexpr int WARPS = ROWS / 16;   // of a warpgroup that have rows
+constexpr int W_STEP = 16 * 128;   // bytes of a step of a warp: rows of 64 columns
+constexpr int X_STEP = NTOK * 128;
+constexpr int X_BYTES = RING ? NWG * DEPTH * X_STEP : 2 * BLOCKS * X_STEP;
+constexpr int PITCH = 68;          // floats of 64 rows in the sums of a token
+constexpr int PIECES = BLOCKS * 16;  // 16 bytes each, of a token's share of x
+constexpr int X_ITEMS = (NTOK * PIECES + THREADS - 1) / THREADS;  // of a thread, for all tokens
+constexpr int X_BATCH = X_ITEMS < 8 ? X_ITEMS : 8;                // on their way at a time
+static_assert(ROWS % 16 == 0 && ROWS <= 64, "whole warps of one matrix instruction");
+static_assert(!RING || DEPTH > 1, "a slot is filled while another is read");
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return (u32)__cvta_generic_to_shared(p);
+}
+
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Byte of a 16-byte piece in a tile of 128-byte rows, as the matrix unit swizzles it.
+__device__ __forceinline__ u32 swizzled(int row, int piece) {
+  return row * 128 + ((piece ^ (row & 7)) << 4);
+}
+
+// 16 rows and 16 columns, as the matrix unit's A operand.
+__device__ __forceinline__ void load_fragment(u32 (&a)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at) : "memory");
+}
+
+#define MMA(n) "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #n \
+               "k16.f32.bf16.bf16 "
+#define MMA_END ", p, 1, 1, 0;\n}"
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+
+// d += a b: 64 rows of weights, NTOK tokens, 16 columns.
+__device__ __forceinline__ void mma(float (&d)[ACC], const u32 (&a)[4], u64 b) {
+#if NTOK == 8
+  asm volatile(MMA(8) "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8" MMA_END : D4(0) : A4, "l"(b));
+#elif NTOK == 16
+  asm volatile(MMA(16) "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12" MMA_END
+               : D4(0), D4(4) : A4, "l"(b));
+#elif NTOK == 32
+  asm volatile(MMA(32) "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+               "{%16,%17,%18,%19}, %20" MMA_END
+               : D4(0), D4(4), D4(8), D4(12) : A4, "l"(b));
+#else
+  asm volatile(MMA(64) "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+               "{%32,%33,%34,%35}, %36" MMA_END
+               : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28) : A4, "l"(b));
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
+               ::: "memory");
+}
+
+// The address in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ u32 in_block(u32 address, int rank) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+__device__ __forceinline__ float load_cluster(u32 address) {
+  float v;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+
+// What the joined kernel has besides: the first rows of parts 1 to 4, and a bias for R places.
+struct Joined {
+  const float* bias;
+  const long long* position;
+  int R, first[4];
+};
+
+__device__ __forceinline__ float bias_of(const Joined& p, long long position, int row, int N) {
+  return p.bias[position % p.R * N + row];
+}
+
+// Where the value of a token and a row lies: parts follow each other, each [T, its rows].
+__device__ __forceinline__ size_t place_of(const Joined& p, int token, int row, int T, int N) {
+  int start = 0, end = N;
+  for (int i = 0; i < 4; i++) start = row >= p.first[i] ? p.first[i] : start;
+  for (int i = 3; i >= 0; i--) end = row < p.first[i] ? p.first[i] : end;
+  return (size_t)start * T + (row - start) + (size_t)token * (end - start);
+}
+
+__device__ __forceinline__ void run(
+    u8* memory, const u8* __restrict__ x, const u8* __restrict__ weight, float* y, int T, int N,
+    int K, const Joined& joined) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  const int tid = threadIdx.x, wg = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
+  const int rank = blockIdx.x % CLUSTER, first_row = blockIdx.x / CLUSTER * ROWS;
+  const int num_blocks = K / 128;
+  auto first_block = [&](int chunk) { return chunk * num_blocks / CHUNKS; };
+  const int chunk = rank * NWG + wg, begin = first_block(chunk);
+  const int block0 = first_block(rank * NWG);
+  const int steps = 2 * (first_block(chunk + 1) - begin);
+  const bool has_rows = warp < WARPS;
+  const u32 xs = shared_address(memory);
+  const u32 ring = xs + X_BYTES + (wg * WARPS + warp) * (DEPTH * W_STEP);
+
+  // A lane copies 16 bytes of rows i, i + 4, i + 8 and i + 12; past the last row, of that one.
+  const u8* w_from[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const int row = min(first_row + warp * 16 + j * 4 + lane / 8, N - 1);
+    w_from[j] = weight + ((size_t)row * K + begin * 128 + lane % 8 * 8) * 2;
+  }
+  auto copy_weights = [&](int step) {
+    if (has_rows && step < steps)
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        copy_async(ring + step % DEPTH * W_STEP + swizzled(j * 4 + lane / 8, lane % 8),
+                   w_from[j] + step * 128);
+  };
+  for (int step = 0; step < DEPTH; step++) {
+    copy_weights(step);
+    if (!RING || step == DEPTH - 1) commit();
+  }
+
+  // From here on what the kernel before this one wrote may be read. Tokens from T on stay what they
+  // are in shared memory: no other token depends on them, and nobody reads their sums.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int out = rank * THREADS + tid;  // the first value that this thread gives
+  const bool has_out = out / ROWS < T && first_row + out % ROWS < N;
+  long long position = 0;
+  if (JOINED && has_out)
+    asm volatile("ld.global.u64 %0, [%1];" : "=l"(position) : "l"(joined.position + out / ROWS));
+#if RING
+  const u8* x_from = x + begin * 256;
+  auto copy_x = [&](int step) {
+    if (step < steps)
+      for (int i = tid % 128; i < T * 8; i += 128)
+        copy_async(xs + (wg * DEPTH + step % DEPTH) * X_STEP + swizzled(i / 8, i % 8),
+                   x_from + (size_t)(i / 8) * K * 2 + step * 128 + i % 8 * 16);
+  };
+  for (int step = 0; step < DEPTH; step++) {
+    copy_x(step);
+    commit();
+  }
+#else
+  const u8* x_from = x + block0 * 256;
+  const int pieces = (first_block(rank * NWG + NWG) - block0) * 16;
+  for (int first = tid; first < T * PIECES; first += X_BATCH * THREADS) {
+    uint4 v[X_BATCH];
+#pragma unroll
+    for (int j = 0; j < X_BATCH; j++) {
+      const int i = first + j * THREADS, token = i / PIECES, piece = i % PIECES;
+      if (token >= T) break;
+      if (piece < pieces)
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v[j].x), "=r"(v[j].y), "=r"(v[j].z), "=r"(v[j].w)
+                     : "l"(x_from + (size_t)token * K * 2 + piece * 16));
+    }
+#pragma unroll
+    for (int j = 0; j < X_BATCH; j++) {
+      const int i = first + j * THREADS, token = i / PIECES, piece = i % PIECES;
+      if (token >= T) break;
+      if (piece < pieces)
+        *(uint4*)(memory + piece / 8 * X_STEP + swizzled(token, piece % 8)) = v[j];
+    }
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+#endif
+  // Asked for now, needed at the end.
+  float bias = JOINED && has_out ? bias_of(joined, position, first_row + out % ROWS, N) : 0;
+
+  float acc[ACC] = {};
+  for (int step = 0; step < steps; step++) {
+    const int slot = step % DEPTH;
+#if RING
+    // Who passes the barrier knows that this step has arrived for all, and that all are done with
+    // the step before, whose slot is free then.
+    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory");
+    if (step > 0) {
+      copy_weights(step - 1 + DEPTH);
+      copy_x(step - 1 + DEPTH);
+      commit();
+    }
+    const u32 block = xs + (wg * DEPTH + slot) * X_STEP;
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+    __syncwarp();
+    const u32 block = xs + ((begin - block0) * 2 + step) * X_STEP;
+#endif
+    u32 a[4][4] = {};
+    if (has_rows)
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        load_fragment(a[j], ring + slot * W_STEP + swizzled(lane % 16, j * 2 + lane / 16));
+#if !RING
+    __syncwarp();
+    copy_weights(step + DEPTH);
+    commit();
+#endif
+    // Descriptor: 128-byte swizzle, 1024 bytes between groups of eight tokens.
+    const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | block >> 4;
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int j = 0; j < 4; j++) mma(acc, a[j], at + 2 * j);
+    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(acc[i])::"memory");
+  }
+
+  // Sums of the chunks: [chunk][token][PITCH], over what x and the ring held.
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+  if (has_rows) {
+    float* to = (float*)memory + (wg * NTOK + lane % 4 * 2) * PITCH + warp * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < ACC; i++) to[(i / 4 * 8 + i % 2) * PITCH + i / 2 % 2 * 8] = acc[i];
+  }
+  if (CLUSTER > 1) cluster_barrier(); else __syncthreads();
+  u32 sums[CLUSTER];
+#pragma unroll
+  for (int r = 0; r < CLUSTER; r++) sums[r] = in_block(xs, r);
+  for (int i = out; i < ROWS * T; i += CLUSTER * THREADS) {
+    const int token = i / ROWS, row = first_row + i % ROWS;
+    if (row >= N) continue;
+    float part[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+      part[c] = load_cluster(sums[c / NWG] + ((c % NWG * NTOK + token) * PITCH + i % ROWS) * 4);
+    float total = part[0];
+#pragma unroll
+    for (int c = 1; c < CHUNKS; c++) total += part[c];
+#if JOINED
+    if (i != out) bias = bias_of(joined, joined.position[token], row, N);
+    y[place_of(joined, token, row, T, N)] = total + bias;
+#else
+    y[(size_t)token * N + row] = total;
+#endif
+  }
+  // Nobody leaves while his sums are read; what was read has arrived, so that nothing need be seen.
+  if (CLUSTER > 1)
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+#if JOINED
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+joined_wide_linear_kernel(const u8* x, const u8* weight, float* y, int T, int N, int K,
+                          const float* bias, const long long* position, int R, int b1, int b2,
+                          int b3, int b4) {
+  extern __shared__ __align__(1024) u8 memory[];
+  run(memory, x, weight, y, T, N, K, Joined{bias, position, R, {b1, b2, b3, b4}});
+}
+#else
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+wide_linear_kernel(const u8* x, const u8* weight, float* y, int T, int N, int K) {
+  extern __shared__ __align__(1024) u8 memory[];
+  run(memory, x, weight, y, T, N, K, Joined{});
+}
+#endif
