@@ -73,14 +73,21 @@ class Attention:
         """x [T, D] after the block's norm -> [T, D]; the cache takes the batch's tokens.
 
         Order: entries and keys first, because a token may see the entry it completes; the rings
-        last, because the inserts and attention still read the rows that they overwrite.
+        last, because the inserts and attention still read the rows that they overwrite. Of steps
+        that could come in any order, those with much weight stand behind those that wait, during
+        which their weight is already on its way.
         """
         c, rope, rows = self.config, batch.ropes[self.kind], batch.rows
+        new, head_weights = self._compress(x, batch, cache)
         latent, kv, page = self._project(x, batch)
+        chosen = None
+        if self.indexer is not None:
+            assert cache.index_keys is not None
+            assert head_weights is not None
+            chosen = self.indexer.choose(latent, head_weights, batch, cache.index_keys)
         q = self.wq_b(latent).unflatten(1, (c.num_attention_heads, -1))
         q = q_norm_rope(q, rope.cos, rope.sin, rows.position, c.rms_norm_eps)
         tap(f"{self.name}.q", q)
-        new, chosen = self._compress(x, latent, batch, cache)
         o = self._attend(q, page, batch, cache, chosen)
         self._append(kv, new, batch, cache)
         out = self.wo_b(self.wo_a(o.flatten(1)))
@@ -102,9 +109,9 @@ class Attention:
         return latent, kv, kv_step_pack(kv, self.config.qk_rope_head_dim)
 
     def _compress(
-        self, x: Tensor, latent: Tensor, batch: Batch, cache: LayerViews
+        self, x: Tensor, batch: Batch, cache: LayerViews
     ) -> tuple[list[CompressorRows], Tensor | None]:
-        """Write entries and keys -> rows of each compressor; what each query takes, None for all"""
+        """Write entries and keys -> rows of each compressor; the indexer's head weights, if any"""
         if self.projections is None or self.compressor is None:
             return [], None
         parts = self.projections(x, batch)
@@ -119,9 +126,7 @@ class Attention:
             index.insert_keys(index_new, batch, cache, *form)
         else:
             self.compressor.insert_both(new, index, index_new, batch, cache, *form)
-        assert cache.index_keys is not None
-        chosen = self.indexer.choose(latent, parts[4], batch, cache.index_keys)
-        return [new, index_new], chosen
+        return [new, index_new], parts[4]
 
     def _append(
         self, kv: Tensor, new: Sequence[CompressorRows], batch: Batch, cache: LayerViews
