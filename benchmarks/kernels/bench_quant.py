@@ -3,7 +3,7 @@
 The baseline is torch.compile of the oracle.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,35 +11,35 @@ import torch
 
 from dsv4.ops import quant as ops
 from dsv4.reference import fused, quant
-from dsv4.testing.bench import COLD_BYTES, Case, nbytes, run
+from dsv4.testing.bench import Case, CompiledOracle, copies, nbytes, run
 
-TOKENS = (1, 8, 64, 1024, 8192)
+TOKENS = (8192, 1024, 64, 8, 1)
 BF16 = torch.bfloat16
-MAX_COPIES = 48
 
 
 def case(
     op: str, shape: dict[str, Any], make: Callable[[], dict[str, Any]], num_bytes: int,
-    oracle: Callable,
+    oracle: CompiledOracle | None,
 ) -> Case:  # fmt: skip
     """A case that goes round the arguments `make` gives, next to the compiled oracle."""
-    args = [make() for _ in range(max(1, min(MAX_COPIES, -(-COLD_BYTES // num_bytes))))]
+    args = [make() for _ in range(copies(num_bytes))]
     calls = [partial(getattr(ops, op), **a) for a in args]
-    compiled = torch.compile(oracle)  # anew for the second number of tokens, then for any
-    base = [partial(compiled, **a) for a in args]
-    return Case(op, shape, calls, num_bytes, baseline="torch.compile", baseline_calls=base)
+    if oracle is None:
+        return Case(op, shape, calls, num_bytes)
+    base = oracle.calls(args, shape.get("T"))
+    return Case(op, shape, calls, num_bytes, baseline=oracle.NAME, baseline_calls=base)
 
 
-def there_and_back(T: int, D: int) -> Iterator[Case]:
+def there_and_back(T: int, D: int, baselines: Mapping[str, CompiledOracle]) -> Iterator[Case]:
     """Activations: from BF16, and back to it."""
     shape = {"T": T, "D": D}
     share = torch.tensor(0.002, device="cuda")
-    kinds: list[tuple[str, Any, dict[str, Any], tuple[str, ...]]] = [
-        ("fp8_act", quant, {}, ("data", "scale")),
-        ("mxfp4_act", quant, {}, ("packed", "scale")),
-        ("nvfp4_act", fused, {"global_scale": share}, ("packed", "scale", "global_scale")),
+    kinds: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+        ("fp8_act", {}, ("data", "scale")),
+        ("mxfp4_act", {}, ("packed", "scale")),
+        ("nvfp4_act", {"global_scale": share}, ("packed", "scale", "global_scale")),
     ]
-    for kind, oracle, given, names in kinds:
+    for kind, given, names in kinds:
 
         def make(given: Any = given) -> dict[str, Any]:
             return {"x": torch.randn(T, D, device="cuda", dtype=BF16), **given}
@@ -50,15 +50,24 @@ def there_and_back(T: int, D: int) -> Iterator[Case]:
 
         there, again = f"{kind}_quantize", f"{kind}_dequantize"
         num_bytes = 2 * T * D + nbytes(*(x for k, x in back().items() if k != "dtype"))
-        yield case(there, shape, make, num_bytes, getattr(oracle, there))
+        yield case(there, shape, make, num_bytes, baselines.get(there))
         if given:  # the maximum of the tensor itself, which has to be read twice
             yield case(there, shape | {"amax": "own"}, partial(make, {}), num_bytes + 2 * T * D,
-                       getattr(oracle, there))  # fmt: skip
-        yield case(again, shape, back, num_bytes, getattr(oracle, again))
+                       baselines.get(f"{there}, own"))  # fmt: skip
+        yield case(again, shape, back, num_bytes, baselines.get(again))
+
+
+def baselines() -> dict[str, CompiledOracle]:
+    """Of the activation ops, by name."""
+    made = {
+        name: CompiledOracle(getattr(fused if "nvfp4" in name else quant, name))
+        for kind in ("fp8", "mxfp4", "nvfp4")
+        for name in (f"{kind}_act_quantize", f"{kind}_act_dequantize")
+    }
+    return made | {"nvfp4_act_quantize, own": CompiledOracle(fused.nvfp4_act_quantize)}
 
 
 def weight_cases(N: int, K: int) -> Iterator[Case]:
-    torch._dynamo.reset()
     shape, num_bytes = {"N": N, "K": K}, 3 * N * K + N * K // 128**2
 
     def make() -> dict[str, Any]:
@@ -76,16 +85,17 @@ def weight_cases(N: int, K: int) -> Iterator[Case]:
         spread = quant.e8m0_decode(scale)[:, None, :, None]
         return quant.e4m3_round(tiles / spread).view(w.shape), scale
 
-    yield case("fp8_block_quantize", shape, make, num_bytes, oracle)
-    yield case("fp8_block_dequantize", shape, back, num_bytes, fused.fp8_block_dequantize)
+    back_again = CompiledOracle(fused.fp8_block_dequantize)
+    yield case("fp8_block_quantize", shape, make, num_bytes, CompiledOracle(oracle))
+    yield case("fp8_block_dequantize", shape, back, num_bytes, back_again)
 
 
 def cases() -> Iterator[Case]:
     """Every row of this file."""
+    compiled = baselines()
     for T in TOKENS:
-        yield from there_and_back(T, 4096)
-    torch._dynamo.reset()
-    yield from there_and_back(8192, 7168)
+        yield from there_and_back(T, 4096, compiled)
+    yield from there_and_back(8192, 7168, {})
     for N, K in ((4096, 4096), (32768, 1024), (65536, 1536)):  # a shared expert, wq_b of both
         yield from weight_cases(N, K)
 

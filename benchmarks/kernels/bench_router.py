@@ -1,10 +1,10 @@
 """Router kernels. `python -m benchmarks.kernels.bench_router [--json PATH] [--only OP]`
 
 The baselines are torch.compile of the oracle; for the lists, whose oracle reads sizes back to the
-host, a stable sort and the search for each expert's first row.
+host, of a stable sort and the search for each expert's first row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv4.ops import router as ops
 from dsv4.reference import routing as oracle
-from dsv4.testing.bench import COLD_BYTES, Case, nbytes, run
+from dsv4.testing.bench import Case, CompiledOracle, copies, nbytes, run
 from dsv4.testing.cases.router import (
     FLASH,
     PRO,
@@ -21,63 +21,73 @@ from dsv4.testing.cases.router import (
     VOCAB,
     distinct_experts,
     hash_table,
-    router_logits,
 )
 
-TOKENS = 1, 8, 64, 1024, 8192
+TOKENS = 8192, 1024, 64, 8, 1
 MAX_COPIES = 32
 
 
-def copies(num_bytes: int) -> int:
-    """Sets of buffers to go round: enough to exceed L2, within reason."""
-    return max(1, min(MAX_COPIES, -(-COLD_BYTES // num_bytes)))
-
-
-def sorted_lists(experts: Tensor, E: int) -> tuple[Tensor, Tensor]:
+def sorted_lists(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Rows by expert and where each expert starts."""
     ordered, rows = experts.flatten().sort(stable=True)
-    return rows, torch.searchsorted(ordered, torch.arange(E + 1, device=ordered.device))
+    each = torch.arange(num_experts + 1, device=ordered.device, dtype=ordered.dtype)
+    return rows, torch.searchsorted(ordered, each)
+
+
+def logits(T: int, E: int) -> Tensor:
+    """Of the spread of dsv4.testing.cases.router, made on the device."""
+    return 4 * torch.randn(T, E, device="cuda")
+
+
+def case(
+    op: str, shape: dict[str, Any], args: list[dict[str, Any]], num_bytes: int,
+    baseline: CompiledOracle | None,
+) -> Case:  # fmt: skip
+    """A case that goes round `args`."""
+    calls = [partial(getattr(ops, op), **a) for a in args]
+    if baseline is None:
+        return Case(op, shape, calls, num_bytes)
+    base = baseline.calls(args, shape["T"])
+    return Case(op, shape, calls, num_bytes, baseline=baseline.NAME, baseline_calls=base)
 
 
 def topk_cases(E: int, K: int) -> Iterator[Case]:
-    baseline: Callable[..., Any] = torch.compile(oracle.router_topk, dynamic=False)
+    baseline = CompiledOracle(oracle.router_topk) if FLASH[0] == E else None
+    bias = 0.1 * torch.randn(E, device="cuda")
     for T in TOKENS:
-        num_bytes = 4 * T * E + 4 * E + 8 * T * K
-        made = [router_logits(T, E, i, "cuda") for i in range(copies(num_bytes))]
-        args = [(*pair, K, SCALING) for pair in made]
-        yield Case(
-            "router_topk", {"T": T, "E": E, "K": K}, [partial(ops.router_topk, *a) for a in args],
-            num_bytes, baseline="torch.compile",
-            baseline_calls=[partial(baseline, *a) for a in args] if FLASH[0] == E else [],
-        )  # fmt: skip
+        num_bytes = 4 * T * E + 4 * E + T + 8 * T * K
+        rest = {"bias": bias, "k": K, "scaling": SCALING}
+        rest["is_padding"] = torch.zeros(T, dtype=torch.bool, device="cuda")
+        args = [{"logits": logits(T, E)} | rest for _ in range(copies(num_bytes, MAX_COPIES))]
+        yield case("router_topk", {"T": T, "E": E, "K": K}, args, num_bytes, baseline)
 
 
 def hash_cases(E: int, K: int) -> Iterator[Case]:
-    baseline: Callable[..., Any] = torch.compile(oracle.router_hash, dynamic=False)
+    baseline = CompiledOracle(oracle.router_hash)
     table = hash_table(VOCAB, E, K, device="cuda")
     for T in TOKENS:
         # A token reads six logits of 32 bytes each, as device memory gives them.
         num_bytes = T * (8 + 4 * K + 32 * K + 8 * K)
         args = []
-        for i in range(copies(num_bytes)):
+        for _ in range(copies(num_bytes, MAX_COPIES)):
             tokens = torch.randint(0, VOCAB, (T,), device="cuda")
-            args.append((router_logits(T, E, i, "cuda")[0], table, tokens, SCALING))
-        yield Case(
-            "router_hash", {"T": T, "E": E, "K": K}, [partial(ops.router_hash, *a) for a in args],
-            num_bytes, baseline="torch.compile",
-            baseline_calls=[partial(baseline, *a) for a in args],
-        )  # fmt: skip
+            given = {"tid2eid": table, "token_ids": tokens, "scaling": SCALING}
+            args.append({"logits": logits(T, E)} | given)
+        yield case("router_hash", {"T": T, "E": E, "K": K}, args, num_bytes, baseline)
 
 
 def align_cases(E: int, K: int) -> Iterator[Case]:
-    for T in (*TOKENS, 32768):
+    baseline = CompiledOracle(sorted_lists)
+    for T in (32768, *TOKENS):
         block = 16 if T <= 64 else 64
         experts = [distinct_experts(T, E, K, i, "cuda") for i in range(8)]
         num_bytes = nbytes(experts[0], *ops.moe_align(experts[0], 0, E, block))
+        shape: dict[str, Any] = {"T": T, "E": E, "K": K, "block": block}
+        calls = [partial(ops.moe_align, x, 0, E, block) for x in experts]
+        base = baseline.calls([{"experts": x, "num_experts": E} for x in experts], T)
         yield Case(
-            "moe_align", {"T": T, "E": E, "K": K, "block": block},
-            [partial(ops.moe_align, x, 0, E, block) for x in experts], num_bytes,
-            baseline="torch sort", baseline_calls=[partial(sorted_lists, x, E) for x in experts],
+            "moe_align", shape, calls, num_bytes, baseline=f"{baseline.NAME} of a sort",
+            baseline_calls=base,
         )  # fmt: skip
 
 

@@ -1,27 +1,36 @@
 """The sampler. `python -m benchmarks.kernels.bench_sampling [--json PATH] [--only OP]`
 
-The baselines are torch.argmax for greedy, and torch.compile of softmax over exponential noise for
-the rest, behind a sort where there are filters. "peaked" logits fall off like a language model's,
-"flat" ones are normal numbers: most of the vocabulary is kept, the worst case of a threshold.
+The oracle goes row by row on the host, so the baselines are torch.compile of the same draws of a
+batch: the largest logit for greedy, softmax over exponential noise for the rest, behind a sort
+where there are filters. "peaked" logits fall off like a language model's, "flat" ones are normal
+numbers: most of the vocabulary is kept, the worst case of a threshold.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.ops import sampling as ops
-from dsv4.testing.bench import COLD_BYTES, Call, Case, nbytes, run
+from dsv4.testing.bench import Case, CompiledOracle, copies, nbytes, run
 from dsv4.testing.cases.sampling import VOCAB, logit_rows, request_rows
 
-BATCHES = 1, 8, 64, 256
+BATCHES = 8192, 1024, 64, 8, 1
+FEW_BATCHES = 64, 1  # of what is not asked for every day
+OTHER_ROWS = 32  # that differ by more than a rotation
 MODES = {
     "greedy": {"temperature": 0.0},
     "plain": {"temperature": 0.6},
     "top_p": {"temperature": 0.6, "top_p": 0.95},
     "all": {"temperature": 0.6, "top_k": 50, "top_p": 0.95, "min_p": 0.01},
 }
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The largest logit."""
+    return logits.argmax(1)
 
 
 def gumbel(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -42,29 +51,34 @@ def sorted_filters(logits: Tensor, temperature: Tensor, k: Tensor, p: Tensor) ->
     return ids.gather(1, chosen)
 
 
-def baseline_calls(mode: str, logits: list[Tensor], rows: dict[str, Tensor]) -> list[Call]:
-    """The same draws with PyTorch alone."""
+@cache
+def some_rows(kind: str, dtype: torch.dtype) -> Tensor:
+    return logit_rows(OTHER_ROWS, VOCAB, kind, 0, dtype).cuda()
+
+
+def baseline_args(mode: str, logits: Tensor, rows: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the baseline of a mode."""
     if mode == "greedy":
-        return [partial(torch.argmax, x, 1) for x in logits]
+        return {"logits": logits}
+    args = {"logits": logits, "temperature": rows["temperature"]}
     if mode == "plain":
-        compiled = torch.compile(gumbel, dynamic=False)
-        return [partial(compiled, x, rows["temperature"]) for x in logits]
-    k = rows.get("top_k", torch.full_like(rows["seed"], VOCAB))
-    return [partial(sorted_filters, x, rows["temperature"], k, rows["top_p"]) for x in logits]
+        return args
+    return args | {"k": rows.get("top_k", torch.full_like(rows["seed"], VOCAB)), "p": rows["top_p"]}
 
 
-def sample_cases(mode: str, kind: str, dtype: torch.dtype) -> Iterator[Case]:
-    for B in BATCHES:
+def sample_cases(
+    mode: str, kind: str, dtype: torch.dtype, batches: tuple[int, ...] = BATCHES
+) -> Iterator[Case]:
+    baseline = CompiledOracle({"greedy": greedy, "plain": gumbel}.get(mode, sorted_filters))
+    for B in batches:
         rows = {k: x.cuda() for k, x in request_rows(B, **MODES[mode]).items()}
-        made = logit_rows(min(B, 32), VOCAB, kind, B, dtype).cuda()
-        first = made.repeat(-(-B // 32), 1)[:B].contiguous()
-        num = max(1, min(48, -(-COLD_BYTES // nbytes(first))))
-        logits = [first.roll(i, 0).roll(37 * i, 1).contiguous() for i in range(num)]
+        first = some_rows(kind, dtype).repeat(-(-B // OTHER_ROWS), 1)[:B].contiguous()
+        logits = [first.roll(37 * i, 1) for i in range(copies(nbytes(first)))]
         shape = {"B": B, "V": VOCAB, "mode": mode, "logits": kind, "dtype": str(dtype)[6:]}
         yield Case(
             "sample", shape, [partial(ops.sample, x, **rows) for x in logits],
-            nbytes(first), baseline="argmax" if mode == "greedy" else "torch",
-            baseline_calls=baseline_calls(mode, logits, rows),
+            nbytes(first), baseline=f"{baseline.NAME} of a batch",
+            baseline_calls=baseline.calls([baseline_args(mode, x, rows) for x in logits], B),
         )  # fmt: skip
 
 
@@ -72,8 +86,8 @@ def cases() -> Iterator[Case]:
     """Every row of this file."""
     for mode in MODES:
         yield from sample_cases(mode, "peaked", torch.float32)
-    yield from sample_cases("greedy", "peaked", torch.bfloat16)
-    yield from sample_cases("top_p", "flat", torch.float32)
+    yield from sample_cases("greedy", "peaked", torch.bfloat16, FEW_BATCHES)
+    yield from sample_cases("top_p", "flat", torch.float32, FEW_BATCHES)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,26 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 COLD_BYTES = 128 << 20  # what passes through L2 between two uses of a line; H200's L2 is 50 MB
 LATENCY_US = 2.0  # a kernel whose bytes take less than this has no roof worth naming
-LAUNCHES, REPLAYS = 32, 25
+LAUNCHES, REPLAYS = 32, 15  # of short calls; of long ones as many as fit
+GRAPH_US, MEASURE_US = 2e4, 1e5  # of one replay, and of all of them, about
+COMPILE_S = 20.0  # for all baselines of a run
+RECOMPILES = 64  # of one oracle; torch gives up after 8
 
 Call = Callable[[], object]
 
@@ -35,7 +41,7 @@ class Case:
     nbytes       what one call must move through device memory, counted from shapes
     flops        floating point operations of one call
     is_compute   whether the matrix units decide, and not the bytes; the roof is theirs then
-    baseline     name of what it is compared with, and its calls
+    baseline     name of what it is compared with, and its calls; none if it could not be had
     """
 
     op: str
@@ -75,6 +81,64 @@ class Row:
 def nbytes(*tensors: Tensor) -> int:
     """Bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def copies(num_bytes: int, most: int = 48) -> int:
+    """Sets of buffers to go round: enough to exceed L2, within reason."""
+    return max(1, min(most, -(-COLD_BYTES // num_bytes)))
+
+
+class CompiledOracle:
+    """torch.compile of an oracle, the baseline of an op.
+
+    Compiled for any number of tokens from the sizes of the first use on, which should have the
+    most, and again for one token. All of a run share the seconds of `limit_s`; what comes later,
+    or does not compile as one graph, has no calls, and the reason is printed.
+    """
+
+    NAME: ClassVar[str] = "torch.compile"
+    limit_s: ClassVar[float] = COMPILE_S
+    spent_s: ClassVar[float] = 0.0
+
+    def __init__(self, oracle: Callable[..., Any], backend: str = "inductor") -> None:
+        torch._dynamo.config.recompile_limit = RECOMPILES
+        # Nothing but what is marked below varies: sizes of the model stay constants.
+        self.function = torch.compile(oracle, fullgraph=True, dynamic=False, backend=backend)
+        self.name = getattr(oracle, "__name__", repr(oracle))
+        self.by_token: list[str] | None = None  # arguments with a row for each token
+
+    def calls(self, args: Sequence[Mapping[str, Any]], tokens: int | None = None) -> list[Call]:
+        """A call for each set of arguments, or none.
+
+        tokens  their number; what has as many rows at the first use has a row for each
+        """
+        if self.by_token is None:
+            self.by_token = [k for k, x in args[0].items() if _rows(x) == tokens is not None]
+        for one in args:
+            for name in self.by_token:
+                torch._dynamo.maybe_mark_dynamic(one[name], 0)
+        if CompiledOracle.spent_s > CompiledOracle.limit_s:
+            return self._nothing(tokens, f"{CompiledOracle.limit_s:g} s of compiling are used up")
+        start = time.perf_counter()
+        found = [partial(self.function, **one) for one in args]
+        try:
+            found[0]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                _graph(found[:1])
+        except Exception as error:  # whatever a compiler finds to complain about
+            return self._nothing(tokens, f"{type(error).__name__}: {str(error).strip()}")
+        finally:
+            CompiledOracle.spent_s += time.perf_counter() - start
+        return found
+
+    def _nothing(self, tokens: int | None, reason: str) -> list[Call]:
+        print(f"no baseline: {self.name}, {tokens} tokens: {reason.splitlines()[0]}", flush=True)
+        return []
+
+
+def _rows(x: Any) -> int | None:
+    return len(x) if isinstance(x, Tensor) and x.dim() else None
 
 
 def copy_calls(num_bytes: int, copies: int) -> list[Call]:
@@ -118,16 +182,18 @@ def cold_us(calls: Sequence[Call], num_bytes: int) -> float:
     """
     if len(calls) * num_bytes >= COLD_BYTES:
         return _replay_us(calls, max(len(calls), LAUNCHES))
-    sweep_data = torch.ones(COLD_BYTES // 4, device="cuda")
-    out = torch.empty((), device="cuda")
-
-    def sweep() -> object:
-        return torch.sum(sweep_data, dim=0, out=out)
-
+    sweep, alone = _sweep()
     with_call = [step for call in calls for step in (sweep, call)]
-    pairs = LAUNCHES * 2
-    both = _replay_us(with_call, pairs) * 2
-    return both - _replay_us([sweep], LAUNCHES)
+    both = _replay_us(with_call, LAUNCHES * 2) * 2
+    return both - alone
+
+
+@cache
+def _sweep() -> tuple[Call, float]:
+    """What puts other data into L2, and its microseconds."""
+    data, out = torch.ones(COLD_BYTES // 4, device="cuda"), torch.empty((), device="cuda")
+    sweep = partial(torch.sum, data, dim=0, out=out)
+    return sweep, _replay_us([sweep], LAUNCHES)
 
 
 def measure(case: Case, peak_gbps: float, peak_tflops: float) -> list[Row]:
@@ -161,41 +227,61 @@ def run(cases: Iterable[Case], description: str) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="file the rows are added to")
     parser.add_argument("--only", default="", help="part of an op's name")
+    parser.add_argument(
+        "--compile-s", type=float, default=COMPILE_S, metavar="S",
+        help=f"seconds for compiling baselines ({COMPILE_S:g}); those after it are left out",
+    )  # fmt: skip
     flags = parser.parse_args()
+    CompiledOracle.limit_s = flags.compile_s
+    start = time.perf_counter()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     peak = read_gbps()
     rate = bf16_tflops()
-    print(f"read bandwidth {peak:.0f} GB/s, BF16 rate {rate:.0f} TFLOP/s")
+    print(f"read bandwidth {peak:.0f} GB/s, BF16 rate {rate:.0f} TFLOP/s", flush=True)
     for case in cases:
         if flags.only not in case.op:
             continue
         for row in measure(case, peak, rate):
-            print(_line(row))
+            print(_line(row), flush=True)
             if flags.json:
                 with flags.json.open("a") as file:
                     file.write(json.dumps(asdict(row)) + "\n")
+    spent = time.perf_counter() - start
+    print(f"{spent:.0f} s, {CompiledOracle.spent_s:.0f} of them compiling baselines")
 
 
 def _replay_us(calls: Sequence[Call], launches: int) -> float:
-    """Median microseconds of one of `launches` calls in a replayed graph."""
-    work = list(islice(cycle(calls), launches))
+    """Median microseconds of one call in a replayed graph of at most `launches` of them."""
     for call in calls:  # compile outside the capture
         call()
+    # What takes long is launched less often, but an even number of times, as calls may be pairs.
+    first = calls[:2]
+    us = _elapsed_us(lambda: [call() for call in first]) / len(first)
+    launches = max(2, min(launches, 2 * int(GRAPH_US / us / 2)))
+    graph = _graph(list(islice(cycle(calls), launches)))
+    times = [_elapsed_us(graph.replay) for _ in range(2)]
+    replays = max(3, min(REPLAYS, int(MEASURE_US / times[-1])))
+    return median(_elapsed_us(graph.replay) for _ in range(replays)) / launches
+
+
+def _graph(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """The calls in a CUDA graph."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in work:
+        for call in calls:
             call()
-    times = []
-    for _ in range(REPLAYS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return median(times[3:]) / launches
+    return graph
+
+
+def _elapsed_us(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end)
 
 
 def _line(row: Row) -> str:
