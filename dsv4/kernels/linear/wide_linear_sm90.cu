@@ -1,10 +1,10 @@
 // y = W x, FP32, for BF16 W and x and few tokens. The Python files of this name check arguments.
 //
-// A block owns ROWS rows and four chunks of K, one for a warpgroup; CLUSTER blocks hold all chunks of
-// the same rows. Every warp copies the weights of its own 16 rows asynchronously into a ring that only
-// it reads, so that its loop has no barrier, and asks for as much as the ring holds before the kernel
-// in front of it has ended. The sums of the chunks are added through distributed shared memory, chunk
-// 0 first.
+// A block has ROWS rows and four chunks of K, one for a warpgroup; CLUSTER blocks have all chunks
+// of the same rows. Every warp copies the weights of its own 16 rows asynchronously into a ring that
+// only it reads, so that its loop has no barrier, and asks for as much as the ring holds before the
+// kernel in front of it has ended. The block of rank r gives the tokens r, r + CLUSTER, ...: it
+// adds the sums of all chunks, chunk 0 first, which reach it through distributed shared memory.
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -15,17 +15,22 @@ typedef unsigned long long u64;
 // BLOCKS   blocks of 128 columns of a block at most      CLUSTER  blocks that share an output
 // DEPTH    steps of 64 columns under way for a warp
 // RING     whether x goes through the ring too; else a block stages its share of x as a whole
+// PUSH     whether a warp sends its sums to the block that adds them as soon as it has them, to a
+//          place of their own; else they lie where x and weights did, once a cluster is done
 // JOINED   whether there are a bias by position and several parts
 constexpr int NWG = 4, THREADS = NWG * 128, ACC = NTOK / 2, CHUNKS = NWG * CLUSTER;
 constexpr int WARPS = ROWS / 16;   // of a warpgroup that have rows
 constexpr int W_STEP = 16 * 128;   // bytes of a step of a warp: rows of 64 columns
 constexpr int X_STEP = NTOK * 128;
 constexpr int X_BYTES = RING ? NWG * DEPTH * X_STEP : 2 * BLOCKS * X_STEP;
+constexpr int OWN = (NTOK + CLUSTER - 1) / CLUSTER;  // tokens that a block gives at most
 constexpr int PITCH = 68;          // floats of 64 rows in the sums of a token
 constexpr int PIECES = BLOCKS * 16;  // 16 bytes each, of a token's share of x
 constexpr int X_ITEMS = (NTOK * PIECES + THREADS - 1) / THREADS;  // of a thread, for all tokens
+constexpr int AT_ONCE = RING ? 1 : 2;                             // steps of a chunk are even
 constexpr int X_BATCH = X_ITEMS < 8 ? X_ITEMS : 8;                // on their way at a time
 static_assert(ROWS % 16 == 0 && ROWS <= 64, "whole warps of one matrix instruction");
+static_assert(DEPTH >= AT_ONCE && NTOK <= 64, "a ring with room");
 static_assert(!RING || DEPTH > 1, "a slot is filled while another is read");
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -74,9 +79,29 @@ __device__ __forceinline__ void mma(float (&d)[ACC], const u32 (&a)[4], u64 b) {
 #endif
 }
 
+// What lay in a block before is seen by all of the cluster after.
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
                ::: "memory");
+}
+
+__device__ __forceinline__ void open_barrier(u32 bar, int bytes) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void await_bytes(u32 bar) {
+  asm volatile("{\n.reg .pred p;\nagain:\n"
+               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n"
+               "@!p bra again;\n}" ::"r"(bar) : "memory");
+}
+
+// Store in another block, which its barrier counts.
+__device__ __forceinline__ void send(u32 to, u32 bar, float v) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+               ::"r"(to), "r"(__float_as_uint(v)), "r"(bar) : "memory");
 }
 
 // The address in the shared memory of block `rank` of the cluster.
@@ -125,6 +150,13 @@ __device__ __forceinline__ void run(
   const bool has_rows = warp < WARPS;
   const u32 xs = shared_address(memory);
   const u32 ring = xs + X_BYTES + (wg * WARPS + warp) * (DEPTH * W_STEP);
+  const int own = (T - rank + CLUSTER - 1) / CLUSTER;  // tokens that this block gives
+#if PUSH
+  const u32 parts = xs + X_BYTES + NWG * WARPS * DEPTH * W_STEP;
+  const u32 bar = parts + CHUNKS * OWN * ROWS * 4;
+  if (tid == 0) open_barrier(bar, own * CHUNKS * ROWS * 4);
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
 
   // A lane copies 16 bytes of rows i, i + 4, i + 8 and i + 12; past the last row, of that one.
   const u8* w_from[4];
@@ -148,11 +180,11 @@ __device__ __forceinline__ void run(
   // From here on what the kernel before this one wrote may be read. Tokens from T on stay what they
   // are in shared memory: no other token depends on them, and nobody reads their sums.
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  const int out = rank * THREADS + tid;  // the first value that this thread gives
-  const bool has_out = out / ROWS < T && first_row + out % ROWS < N;
+  const bool has_out = tid < own * ROWS && first_row + tid % ROWS < N;
   long long position = 0;
   if (JOINED && has_out)
-    asm volatile("ld.global.u64 %0, [%1];" : "=l"(position) : "l"(joined.position + out / ROWS));
+    asm volatile("ld.global.u64 %0, [%1];"
+                 : "=l"(position) : "l"(joined.position + tid / ROWS * CLUSTER + rank));
 #if RING
   const u8* x_from = x + begin * 256;
   auto copy_x = [&](int step) {
@@ -191,15 +223,14 @@ __device__ __forceinline__ void run(
   __syncthreads();
 #endif
   // Asked for now, needed at the end.
-  float bias = JOINED && has_out ? bias_of(joined, position, first_row + out % ROWS, N) : 0;
+  float bias = JOINED && has_out ? bias_of(joined, position, first_row + tid % ROWS, N) : 0;
 
   float acc[ACC] = {};
-  for (int step = 0; step < steps; step++) {
-    const int slot = step % DEPTH;
+  for (int step = 0; step < steps; step += AT_ONCE) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
 #if RING
     // Who passes the barrier knows that this step has arrived for all, and that all are done with
     // the step before, whose slot is free then.
-    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory");
     if (step > 0) {
@@ -207,32 +238,53 @@ __device__ __forceinline__ void run(
       copy_x(step - 1 + DEPTH);
       commit();
     }
-    const u32 block = xs + (wg * DEPTH + slot) * X_STEP;
+    const u32 block = xs + (wg * DEPTH + step % DEPTH) * X_STEP;
 #else
-    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
     __syncwarp();
     const u32 block = xs + ((begin - block0) * 2 + step) * X_STEP;
 #endif
-    u32 a[4][4] = {};
+    u32 a[4 * AT_ONCE][4] = {};
     if (has_rows)
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        load_fragment(a[j], ring + slot * W_STEP + swizzled(lane % 16, j * 2 + lane / 16));
+      for (int j = 0; j < 4 * AT_ONCE; j++)
+        load_fragment(a[j], ring + (step + j / 4) % DEPTH * W_STEP +
+                                swizzled(lane % 16, j % 4 * 2 + lane / 16));
 #if !RING
     __syncwarp();
-    copy_weights(step + DEPTH);
-    commit();
+    for (int i = 0; i < AT_ONCE; i++) {
+      copy_weights(step + i + DEPTH);
+      commit();
+    }
 #endif
     // Descriptor: 128-byte swizzle, 1024 bytes between groups of eight tokens.
     const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | block >> 4;
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int j = 0; j < 4; j++) mma(acc, a[j], at + 2 * j);
+    for (int j = 0; j < 4 * AT_ONCE; j++) mma(acc, a[j], at + j / 4 * (X_STEP >> 4) + j % 4 * 2);
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(acc[i])::"memory");
   }
 
+#if PUSH
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // all have opened their barriers
+  if (has_rows)
+#pragma unroll
+    for (int i = 0; i < ACC; i++) {
+      const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, to = token % CLUSTER;
+      const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8;
+      const u32 at = parts + ((chunk * OWN + token / CLUSTER) * ROWS + row) * 4;
+      if (token < T) send(in_block(at, to), in_block(bar, to), acc[i]);
+    }
+  // Nobody leaves before all that is sent to him is there.
+  if (own > 0) await_bytes(bar);
+  auto load_part = [&](int c, int i) {
+    float v;
+    const u32 at = parts + ((c * OWN + i / ROWS) * ROWS + i % ROWS) * 4;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+    return v;
+  };
+#else
   // Sums of the chunks: [chunk][token][PITCH], over what x and the ring held.
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
@@ -245,26 +297,33 @@ __device__ __forceinline__ void run(
   u32 sums[CLUSTER];
 #pragma unroll
   for (int r = 0; r < CLUSTER; r++) sums[r] = in_block(xs, r);
-  for (int i = out; i < ROWS * T; i += CLUSTER * THREADS) {
-    const int token = i / ROWS, row = first_row + i % ROWS;
+  auto load_part = [&](int c, int i) {
+    const int token = i / ROWS * CLUSTER + rank;
+    return load_cluster(sums[c / NWG] + ((c % NWG * NTOK + token) * PITCH + i % ROWS) * 4);
+  };
+#endif
+  for (int i = tid; i < own * ROWS; i += THREADS) {
+    const int token = i / ROWS * CLUSTER + rank, row = first_row + i % ROWS;
     if (row >= N) continue;
     float part[CHUNKS];
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-      part[c] = load_cluster(sums[c / NWG] + ((c % NWG * NTOK + token) * PITCH + i % ROWS) * 4);
+    for (int c = 0; c < CHUNKS; c++) part[c] = load_part(c, i);
     float total = part[0];
 #pragma unroll
     for (int c = 1; c < CHUNKS; c++) total += part[c];
 #if JOINED
-    if (i != out) bias = bias_of(joined, joined.position[token], row, N);
+    if (i != tid) bias = bias_of(joined, joined.position[token], row, N);
     y[place_of(joined, token, row, T, N)] = total + bias;
 #else
     y[(size_t)token * N + row] = total;
 #endif
   }
+#if !PUSH
   // Nobody leaves while his sums are read; what was read has arrived, so that nothing need be seen.
   if (CLUSTER > 1)
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;"
+                 ::: "memory");
+#endif
 }
 
 #if JOINED

@@ -28,6 +28,7 @@ MAX_TOKENS = 64
 SHARED_BYTES = 227 << 10
 THREADS = 128 * WIDE_CHUNKS
 PITCH_BYTES = 68 * 4  # of the sums of one token
+PUSH_TOKENS = 16  # the sums of more leave too little room for weights
 # Columns of the matrix instruction -> steps of 64 columns that must be under way, or all there are,
 # for x to be staged as a whole.
 CONFIG = {8: 4, 16: 4, 32: 4, 64: 4}
@@ -51,16 +52,20 @@ def plan(T: int, N: int, K: int) -> Plan:
     steps = 2 * max(b - a for a, b in pairwise(firsts))
     tokens = next(n for n in CONFIG if n >= T)
     x_bytes, step_bytes, x_step_bytes = blocks * 256 * tokens, c.rows * 512, tokens * 512
-    depth = min(steps, (SHARED_BYTES - x_bytes) // step_bytes)
+    # What the blocks of a cluster send each other, and the barrier that counts it.
+    is_push = c.cluster > 1 and tokens <= PUSH_TOKENS
+    sent = c.num_chunks * triton.cdiv(tokens, c.cluster) * c.rows * 4 + 16 if is_push else 0
+    depth = min(steps, (SHARED_BYTES - sent - x_bytes) // step_bytes)
     is_ring = depth < min(steps, CONFIG[tokens])
     if is_ring:
         x_bytes, step_bytes = 0, step_bytes + x_step_bytes
-        depth = min(steps, SHARED_BYTES // step_bytes)
+        depth = min(steps, (SHARED_BYTES - sent) // step_bytes)
     defines = {
         "NTOK": tokens, "ROWS": c.rows, "CLUSTER": c.cluster, "BLOCKS": blocks, "DEPTH": depth,
-        "RING": int(is_ring),
+        "RING": int(is_ring), "PUSH": int(is_push),
     }  # fmt: skip
-    shared = max(x_bytes + depth * step_bytes, WIDE_CHUNKS * tokens * PITCH_BYTES)
+    sums = 0 if is_push else WIDE_CHUNKS * tokens * PITCH_BYTES  # over x and weights
+    shared = max(x_bytes + depth * step_bytes + sent, sums)
     return Plan(defines, triton.cdiv(N, c.rows) * c.cluster, shared)
 
 
