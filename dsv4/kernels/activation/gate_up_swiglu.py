@@ -9,6 +9,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.checks import check_float
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import cast
 
 REFERENCE = "dsv4.reference.activation:gate_up_swiglu"
@@ -19,6 +20,8 @@ CONFIG = {"BLOCK_F": 1024, "num_warps": 4}
 def gate_up_swiglu_kernel(
     gate_up_ptr, out_ptr, limit, F: tl.constexpr, BF16: tl.constexpr, BLOCK_F: tl.constexpr
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     gate = widen(tl.load(gate_up_ptr + t * (2 * F) + f, f < F, 0.0))
@@ -46,7 +49,7 @@ def launch(gate_up: Tensor, limit: float, out: Tensor) -> None:
     if T == 0 or F == 0:
         return
     gate_up_swiglu_kernel[(T, triton.cdiv(F, CONFIG["BLOCK_F"]))](
-        gate_up, out, limit, F=F, BF16=dtype.itemsize == 2, **CONFIG, **EXACT
+        gate_up, out, limit, F=F, BF16=dtype.itemsize == 2, **CONFIG, **PDL, **EXACT
     )
 
 

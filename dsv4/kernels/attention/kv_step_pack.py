@@ -14,6 +14,7 @@ from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.checks import check_float
 from dsv4.kernels.common.kv_record import store_kv_record
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 
 REFERENCE = "dsv4.reference.paged_attention:kv_step_pack"
 CONFIG = {"num_warps": 4}
@@ -24,6 +25,8 @@ def kv_step_pack_kernel(
     kv_ptr, page_ptr, T, used, nbytes, C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_PAD: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     t = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     x = widen(tl.load(kv_ptr + t * C + c, c < C, 0.0))
@@ -52,7 +55,7 @@ def launch(kv: Tensor, rope_dim: int, out: Tensor) -> None:
     kv_step_pack_kernel[(T,)](
         kv, out, T, T * record.nbytes, nbytes, C=C, R=rope_dim,
         BLOCK_C=triton.next_power_of_2(C), BLOCK_PAD=triton.next_power_of_2(record.data_bytes),
-        **CONFIG, **EXACT,
+        **CONFIG, **PDL, **EXACT,
     )  # fmt: skip
 
 

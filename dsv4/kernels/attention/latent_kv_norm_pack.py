@@ -16,6 +16,7 @@ from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.checks import check_float
 from dsv4.kernels.common.kv_record import store_kv_record
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import cast, rounded
 from dsv4.kernels.common.vectors import rms_norm, rope
 
@@ -29,18 +30,21 @@ def latent_kv_norm_pack_kernel(
     T, used, nbytes, eps, L: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BF16: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PAD: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
     t = tl.program_id(0).to(tl.int64)
     x_ptr += t * (L + C)
     if tl.program_id(1) == 0:
         i = tl.arange(0, BLOCK_L)
         # Names of its own: Triton wants one type for a name that both branches give a value.
-        latent = widen(tl.load(x_ptr + i, i < L, 0.0))
         q_weight = widen(tl.load(q_norm_ptr + i, i < L, 0.0))
+        wait_for_previous()
+        latent = widen(tl.load(x_ptr + i, i < L, 0.0))
         tl.store(latent_ptr + t * L + i, cast(rms_norm(latent, q_weight, eps, L), BF16), i < L)
     else:
         c = tl.arange(0, BLOCK_C)
-        x = widen(tl.load(x_ptr + L + c, c < C, 0.0))
         weight = widen(tl.load(kv_norm_ptr + c, c < C, 0.0))
+        wait_for_previous()
+        x = widen(tl.load(x_ptr + L + c, c < C, 0.0))
         x = rounded(rms_norm(x, weight, eps, C), BF16)
         x = rounded(rope(x, cos_ptr, sin_ptr, tl.load(position_ptr + t), C, R, BLOCK_C), BF16)
         tl.store(kv_ptr + t * C + c, cast(x, BF16), c < C)
@@ -87,7 +91,7 @@ def launch(
         x, q_norm, kv_norm, cos, sin, position, latent, kv, page, T, T * record.nbytes, nbytes,
         eps, L=L, C=C, R=R, BF16=dtype is torch.bfloat16, BLOCK_L=triton.next_power_of_2(L),
         BLOCK_C=triton.next_power_of_2(C), BLOCK_PAD=triton.next_power_of_2(record.data_bytes),
-        **CONFIG, **EXACT,
+        **CONFIG, **PDL, **EXACT,
     )  # fmt: skip
 
 

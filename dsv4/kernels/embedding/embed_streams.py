@@ -9,6 +9,7 @@ from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.checks import check_float, check_int
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 
 REFERENCE = "dsv4.reference.mhc:embed_streams"
 CONFIG = {"BLOCK_D": 1024, "num_warps": 4}
@@ -18,6 +19,8 @@ CONFIG = {"BLOCK_D": 1024, "num_warps": 4}
 def embed_streams_kernel(
     ids_ptr, table_ptr, out_ptr, V, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     token = tl.load(ids_ptr + t)
@@ -45,7 +48,7 @@ def launch(ids: Tensor, table: Tensor, num_streams: int, out: Tensor) -> None:
     if T == 0:
         return
     embed_streams_kernel[(T, triton.cdiv(D, CONFIG["BLOCK_D"]))](
-        ids, table, out, sizes["V"], D=D, N=num_streams, **CONFIG, **EXACT
+        ids, table, out, sizes["V"], D=D, N=num_streams, **CONFIG, **PDL, **EXACT
     )
 
 

@@ -65,6 +65,8 @@ def indexer_query_kernel(
     ROUND: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Rotate and round HEADS heads of a query; the scale of an FP8 query goes to its weight."""
+    # In this order: the scores load keys, some of this step, before they wait.
+    wait_for_previous()
     let_next_start()
     t, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     if first == 0:
@@ -406,7 +408,7 @@ def launch_with(
     indexer_query_kernel[(T, triton.cdiv(I, CONFIG["HEADS"]))](
         q, head_weights, slot, position, query, weights, visible, ratio, S, I, J=J,
         HEADS=CONFIG["HEADS"], MXFP4=keys == "mxfp4", ROTATE=is_rotated, ROUND=is_rounded,
-        SCALE=J**-0.5, num_warps=1, **EXACT,
+        SCALE=J**-0.5, num_warps=1, **PDL, **EXACT,
     )  # fmt: skip
     for start in range(0, T, rows):
         part = slice(start, min(start + rows, T))

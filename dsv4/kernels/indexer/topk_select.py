@@ -26,8 +26,8 @@ def topk_select_kernel(
     scores_ptr, lengths_ptr, out_ptr, keys_ptr, ids_ptr, S, num_blocks,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous()
     let_next_start()
+    wait_for_previous()
     t, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.minimum(tl.maximum(tl.load(lengths_ptr + t), 0), S).to(tl.int32)
     if length <= K:
@@ -56,8 +56,8 @@ def topk_merge_kernel(
     lengths_ptr, out_ptr, keys_ptr, ids_ptr, S, num_blocks,
     K: tl.constexpr, BLOCK: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous()
     let_next_start()
+    wait_for_previous()
     t = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(lengths_ptr + t), S).to(tl.int32)
     if length > BLOCK:

@@ -10,6 +10,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.checks import check_float
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import cast, rotate_pairs
 from dsv4.kernels.norm.q_norm_rope import check_pairs
 
@@ -23,6 +24,8 @@ def inverse_rope_kernel(
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BF16: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     t = tl.program_id(0).to(tl.int64)
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     r, i = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_R // 2)
@@ -50,7 +53,7 @@ def launch(o: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> None:
         return
     inverse_rope_kernel[(T, triton.cdiv(H, CONFIG["BLOCK_H"]))](
         o, cos, sin, position, H=H, C=C, R=R, BF16=dtype is torch.bfloat16,
-        BLOCK_R=triton.next_power_of_2(R), **CONFIG, **EXACT,
+        BLOCK_R=triton.next_power_of_2(R), **CONFIG, **PDL, **EXACT,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.checks import check_float
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import cast, rms_factor, rotate_pairs, rounded
 
 REFERENCE = "dsv4.reference.fused:q_norm_rope"
@@ -52,6 +53,8 @@ def q_norm_rope_kernel(
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BF16: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
+    wait_for_previous()
     t = tl.program_id(0).to(tl.int64)
     q_rows(
         q_ptr, cos_ptr, sin_ptr, position_ptr, out_ptr, t, tl.program_id(1) * BLOCK_H, eps,
@@ -80,7 +83,8 @@ def launch(q: Tensor, cos: Tensor, sin: Tensor, position: Tensor, eps: float, ou
         return
     q_norm_rope_kernel[(T, triton.cdiv(H, CONFIG["BLOCK_H"]))](
         q, cos, sin, position, out, eps, H=H, C=C, R=R, BF16=dtype is torch.bfloat16,
-        BLOCK_C=triton.next_power_of_2(C), BLOCK_R=triton.next_power_of_2(R), **CONFIG, **EXACT,
+        BLOCK_C=triton.next_power_of_2(C), BLOCK_R=triton.next_power_of_2(R),
+        **CONFIG, **PDL, **EXACT,
     )  # fmt: skip
 
 

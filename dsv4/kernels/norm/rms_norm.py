@@ -10,6 +10,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.checks import check_float
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import cast, rms_factor
 
 REFERENCE = "dsv4.reference.norm:rms_norm"
@@ -21,6 +22,7 @@ def rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, T, eps,
     D: tl.constexpr, BF16: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    let_next_start()
     BLOCK_T: tl.constexpr = TILE // BLOCK_D if TILE > BLOCK_D else 1
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = tl.arange(0, BLOCK_T)[:, None]
@@ -28,6 +30,7 @@ def rms_norm_kernel(
     mask = (t < T - first) & (d < D)
     at = first * D + t * D + d
     weight = widen(tl.load(weight_ptr + d, d < D, 0.0))
+    wait_for_previous()
     x = widen(tl.load(x_ptr + at, mask, 0.0))
     tl.store(out_ptr + at, cast(x * rms_factor(x, eps, D) * weight, BF16), mask)
 
@@ -54,7 +57,7 @@ def launch(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     T, block = x.numel() // D, triton.next_power_of_2(D)
     rms_norm_kernel[(triton.cdiv(T, max(CONFIG["TILE"] // block, 1)),)](
         x, weight, out, T, eps, D=D, BF16=dtype is torch.bfloat16, BLOCK_D=block,
-        TILE=CONFIG["TILE"], num_warps=warps(block), **EXACT,
+        TILE=CONFIG["TILE"], num_warps=warps(block), **PDL, **EXACT,
     )  # fmt: skip
 
 
