@@ -1,4 +1,4 @@
-"""`dsv4 diff`: the first activation in which two dumps, or two tiers, differ."""
+"""`dsv4 diff`: the first activation in which two dumps, two tiers, or kernels and parts differ."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
+from dsv4.cli.model import PUBLISHED, add_slice_arguments
 from dsv4.cli.terminal import Terminal
+from dsv4.cli.tier2 import add_fusion_argument, split_fusions
 from dsv4.core.errors import RequestError
+
+# Of --no-fusion: kernels of prompts and of decode both run. The second step after 382 tokens
+# completes a window of CSA and of HCA, the third reads what the others wrote.
+DECODE_STEPS, RANDOM_TOKENS = 3, 385
 
 
 def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     """Flags of the verb."""
     parser.add_argument("a", metavar="A", help="dump to compare with: the trusted one; or MODEL")
-    parser.add_argument("b", metavar="B", nargs="?", help="dump to judge; none beside --tiers")
+    parser.add_argument("b", metavar="B", nargs="?", help="dump to judge, if A is a dump")
     parser.add_argument("--tiers", type=two_tiers, metavar="1,2",
                         help="run MODEL on -p TEXT in two tiers and compare them")  # fmt: skip
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="text for --tiers")
+    add_fusion_argument(parser, "run MODEL twice in tier 2 and compare: as it is, and then ")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="text to run MODEL on")
+    parser.add_argument("--tokens", type=int, metavar="N", help="N random ids instead of -p "
+                        f"(flash and pro: {RANDOM_TOKENS})")  # fmt: skip
+    add_slice_arguments(parser)
     parser.add_argument("--device", default="cpu", metavar="cpu|cuda|cuda:N",
                         help="of tier 2 (default cpu)")  # fmt: skip
     parser.add_argument("--taps", default="*", metavar="GLOB[,GLOB]", help="(default all)")
@@ -41,30 +51,51 @@ def two_tiers(text: str) -> tuple[int, int]:
 
 def run(args: Namespace, terminal: Terminal) -> int:
     """Exit code: 0 when every tap is within its limit, else 1."""
-    if args.tiers is None:
-        if args.b is None or args.prompt is not None:
-            raise RequestError("B", "a second dump, or --tiers 1,2 and -p TEXT", args.b)
+    runs = _runs(args)
+    if not runs:
         return _compare(args, terminal, args.a, args.b)
-    if args.b is not None or args.prompt is None:
-        raise RequestError("--tiers", "MODEL and -p TEXT beside it", args.b)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [str(Path(folder) / f"tier{tier}.safetensors") for tier in args.tiers]
-        for tier, path in zip(args.tiers, paths, strict=True):
-            _dump(args, terminal, tier, path)
+        paths = [str(Path(folder) / f"{which}.safetensors") for which in "AB"]
+        for flags, path in zip(runs, paths, strict=True):
+            _dump(args, terminal, [*flags, "--out", path])
         return _compare(args, terminal, *paths)
 
 
-def _dump(args: Namespace, terminal: Terminal, tier: int, path: str) -> None:
+def _runs(args: Namespace) -> list[list[str]]:
+    """Flags of the two runs to compare; none where A and B are dumps. Raises RequestError."""
+    is_run = args.tiers is not None or args.no_fusion
+    settings = args.prompt, args.tokens, args.layers, args.experts
+    if not is_run and (args.b is None or any(x is not None for x in settings)):
+        expected = "a second dump, or --tiers 1,2 or --no-fusion NAME with -p TEXT"
+        raise RequestError("B", expected, args.b)
+    if not is_run:
+        return []
+    flag = "--tiers" if args.tiers is not None else "--no-fusion"
+    if args.tiers is not None and args.no_fusion:
+        raise RequestError("--tiers", "no --no-fusion beside it", args.no_fusion)
+    if args.tokens is None and args.prompt is None and args.a in PUBLISHED:
+        args.tokens = RANDOM_TOKENS
+    if args.b is not None or (args.prompt is None) == (args.tokens is None):
+        raise RequestError(flag, "MODEL and one of -p TEXT and --tokens N beside it", args.b)
+    on = ["--device", args.device]
+    if args.tiers is not None:
+        return [["--tier", str(n), *(on if n == 2 else ())] for n in args.tiers]
+    parts = ",".join(split_fusions(args.no_fusion))
+    run = ["--tier", "2", "--decode", str(DECODE_STEPS), *on]
+    return [run, [*run, "--no-fusion", parts]]
+
+
+def _dump(args: Namespace, terminal: Terminal, words: list[str]) -> None:
     """Run `dsv4 dump` as a user would, with its defaults."""
     from dsv4.cli import dump
     from dsv4.core import env
 
     parser = ArgumentParser()
     dump.add_arguments(parser, env.read())
-    words = [args.a, f"--prompt={args.prompt}", f"--taps={args.taps}"]
-    words += ["--tier", str(tier), "--out", path]
-    words += ["--device", args.device] if tier == 2 else []
-    dump.run(parser.parse_args(words), terminal)
+    for name in ("prompt", "tokens", "layers", "experts", "taps"):
+        if (value := getattr(args, name)) is not None:
+            words = [*words, f"--{name}={value}"]
+    dump.run(parser.parse_args([args.a, *words]), terminal)
 
 
 def _compare(args: Namespace, terminal: Terminal, a: str, b: str) -> int:

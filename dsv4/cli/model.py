@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4.cli.terminal import Terminal
+from dsv4.cli.tier2 import add_fusion_argument, check_production, load_production, load_random
 from dsv4.core import env
 from dsv4.core.errors import CheckpointError, DeviceUnavailable, RequestError, printable
 from dsv4.core.safe_files import open_folder, read_json
@@ -80,8 +81,15 @@ def add_runtime_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> N
     group.add_argument("--max-context", type=int, default=defaults["DSV4_MAX_CONTEXT"],
                        metavar="N", help="refuse longer prompts, stop there "
                        "(default: the model's limit; 32,768 in tier 2)")  # fmt: skip
+    add_fusion_argument(group, "tier 2: ")
     group.add_argument("--threads", type=int, default=defaults["DSV4_THREADS"], metavar="N",
                        help="CPU threads")  # fmt: skip
+
+
+def add_slice_arguments(group: Any) -> None:
+    """--layers and --experts, of models of random weights."""
+    group.add_argument("--layers", type=int, metavar="N", help="flash and pro: the first N")
+    group.add_argument("--experts", type=int, metavar="N", help="flash and pro: N a layer")
 
 
 def device_name(text: str) -> str:
@@ -113,7 +121,8 @@ def model_folder(name: str) -> Path:
     if not Path(name).is_dir():
         fix = "give a checkpoint folder, or: nano"
         if name in PUBLISHED:
-            fix = "flash and pro are names only for plan and inspect; give a checkpoint folder"
+            fix = ("flash and pro are names only for plan and inspect, and as random weights for "
+                   "bench, dump and diff; give a checkpoint folder")  # fmt: skip
         raise CheckpointError("folder", "", detail=f"{name} is no folder", fix=fix)
     return Path(name)
 
@@ -134,6 +143,18 @@ def model_config(name: str, terminal: Terminal | None = None) -> ModelConfig:
         for key in parsed.unknown_keys:
             terminal.note(f"note: config.json: key {printable(key)} not understood")
     return parsed.config
+
+
+def slice_config(args: Namespace, config: ModelConfig) -> ModelConfig:
+    """`config` with the layers and experts that the flags leave. Raises RequestError."""
+    if args.model in PUBLISHED:
+        from dsv4.engine.synthetic import sliced_config
+
+        return sliced_config(config, args.layers, args.experts)
+    for flag, value in (("--layers", args.layers), ("--experts", args.experts)):
+        if value is not None:
+            raise RequestError(flag, "flash or pro beside it", args.model)
+    return config
 
 
 def config_hash(config: ModelConfig) -> str:
@@ -168,11 +189,18 @@ def load_model(args: Namespace, terminal: Terminal) -> Loaded:
     return Loaded(runner, tokenizer, stop_ids(folder, config), name, load_s)
 
 
-def load_runner(args: Namespace, terminal: Terminal) -> tuple[Runner, str]:
-    """Read the weights of MODEL and build the tier; the runner and the model's name. No text."""
+def load_runner(
+    args: Namespace, terminal: Terminal, random: ModelConfig | None = None
+) -> tuple[Runner, str]:
+    """Read the weights of MODEL and build the tier; the runner and the model's name. No text.
+
+    random  the config of a model of random weights, which has no files
+    """
     _check_runtime(args)
     check_device(args.device)
     set_threads(args.threads)
+    if random is not None:
+        return load_random(args, random), args.model
     from dsv4.loader import Checkpoint
 
     folder = model_folder(args.model)
@@ -182,8 +210,6 @@ def load_runner(args: Namespace, terminal: Terminal) -> tuple[Runner, str]:
     name = NANO if args.model == NANO else folder.resolve().name
     with terminal.progress("loading") as progress:
         if args.tier == 2:
-            from dsv4.cli.tier2 import load_production
-
             return load_production(args, checkpoint, progress), name
         weights = checkpoint.load(progress)
     return _build(args, checkpoint.config, weights), name
@@ -242,9 +268,9 @@ def _check_runtime(args: Namespace) -> None:
             if is_set:
                 raise RequestError("tier", f"1 for {flag}", 0, "use --tier 1")
     if args.tier == 2:
-        from dsv4.cli.tier2 import check_production
-
         check_production(args)
+    elif args.no_fusion:
+        raise RequestError("--no-fusion", "--tier 2 beside it", f"--tier {args.tier}")
 
 
 def _build(args: Namespace, config: ModelConfig, weights: dict[str, Any]) -> Runner:

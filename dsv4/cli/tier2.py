@@ -8,8 +8,30 @@ from typing import TYPE_CHECKING, Any
 from dsv4.core.errors import DeviceUnavailable, RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from dsv4.core.config import ModelConfig
     from dsv4.engine.single import SingleSequence
     from dsv4.loader.checkpoint import Checkpoint
+
+
+def add_fusion_argument(group: Any, tiers: str = "") -> None:
+    """--no-fusion, with the `tiers` that know it in front of its help."""
+    group.add_argument("--no-fusion", default="", metavar="NAME[,NAME]",
+                       help=f"{tiers}run these fused kernels as their parts, or all; "
+                       "names: docs/engine.md")  # fmt: skip
+
+
+def split_fusions(text: str) -> list[str]:
+    """The names in a value of --no-fusion. Raises RequestError for one that there is not."""
+    from dsv4.model.block import FUSED, check_unfused
+
+    names = [word.strip() for word in text.split(",")] if text else []
+    if names == ["all"]:
+        return list(FUSED)
+    return sorted(check_unfused(names), key=FUSED.index)
 
 
 def check_production(args: Namespace) -> None:
@@ -24,6 +46,7 @@ def check_production(args: Namespace) -> None:
     ):
         if is_set:
             raise RequestError("tier", f"1 for {flag}", 2, "use --tier 1")
+    split_fusions(args.no_fusion)  # refused before weights are read
     args.dtype = "bfloat16"
     from dsv4.kernels.common.launch import INTERPRETED
 
@@ -38,9 +61,23 @@ def check_production(args: Namespace) -> None:
 
 def load_production(args: Namespace, checkpoint: Checkpoint, progress: Any) -> SingleSequence:
     """Copy the checkpoint to the device, tensor by tensor, and allocate the cache."""
+    stored = checkpoint.stream(progress, keep=lambda name: not name.startswith("mtp."))
+    return _production(args, checkpoint.config, stored)
+
+
+def load_random(args: Namespace, config: ModelConfig) -> SingleSequence:
+    """A model of random weights, made on the device: the same for the same config."""
+    from dsv4.engine.synthetic import synthetic_tensors
+
+    return _production(args, config, synthetic_tensors(config, args.device))
+
+
+def _production(
+    args: Namespace, config: ModelConfig, stored: Iterable[tuple[str, Tensor]]
+) -> SingleSequence:
     from dsv4.engine.model import EngineLimits, ProductionModel
     from dsv4.engine.single import SingleSequence
 
-    stored = checkpoint.stream(progress, keep=lambda name: not name.startswith("mtp."))
-    limits = EngineLimits(max_context=args.max_context)
-    return SingleSequence(ProductionModel(checkpoint.config, stored, args.device, limits))
+    limits, unfused = EngineLimits(max_context=args.max_context), split_fusions(args.no_fusion)
+    model = ProductionModel(config, stored, args.device, limits, unfused=unfused)
+    return SingleSequence(model)

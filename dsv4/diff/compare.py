@@ -100,15 +100,19 @@ def compare_dumps(
     if not common:
         raise RequestError("taps", "taps that both dumps have", f"{len(wanted_a)} and "
                            f"{len(wanted_b)} with none in common")  # fmt: skip
-    quants = (a.info.quant, b.info.quant)
-    notes = () if quants[0] == quants[1] else (f"A imitates {quants[0]!r}, B {quants[1]!r}",)
+    notes = []
+    if a.info.quant != b.info.quant:
+        notes.append(f"A imitates {a.info.quant!r}, B {b.info.quant!r}")
+    if a.info.parts != b.info.parts:
+        left, right = (", ".join(d.info.parts) or "nothing" for d in (a, b))
+        notes.append(f"A runs {left} as parts, B {right}")
     forked: set[int] = set()
     return DiffReport(
         dtype,
         tuple(_compare_tap(a, b, n, limits.rule(n), dtype, forked) for n in common),
         tuple(n for n in wanted_a if n not in set(wanted_b)),
         tuple(n for n in wanted_b if n not in set(wanted_a)),
-        notes,
+        tuple(notes),
     )
 
 

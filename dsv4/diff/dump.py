@@ -28,6 +28,7 @@ class DumpInfo:
     config  short hash of the normalised config
     ids     token ids that were run
     quant   roundings imitated, "" for none
+    parts   fused kernels that were run as their parts
     """
 
     tier: int
@@ -36,6 +37,7 @@ class DumpInfo:
     config: str
     ids: tuple[int, ...]
     quant: str = ""
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -82,7 +84,8 @@ def write_dump(path: str | Path, tensors: Mapping[str, Tensor], info: DumpInfo) 
     metadata = {
         "format": "dsv4-taps", "schema": str(SCHEMA), "tier": str(info.tier), "dtype": info.dtype,
         "model": info.model, "config": info.config, "ids": ",".join(map(str, info.ids)),
-        "ids_hash": ids_hash(info.ids), "quant": info.quant, "order": json.dumps([*tensors]),
+        "ids_hash": ids_hash(info.ids), "quant": info.quant, "parts": ",".join(info.parts),
+        "order": json.dumps([*tensors]),
     }  # fmt: skip
     save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path, metadata)
     mask = os.umask(0)
@@ -114,6 +117,7 @@ class TapDump:
             self.info = DumpInfo(
                 int(metadata["tier"]), metadata["dtype"], metadata["model"], metadata["config"],
                 tuple(int(i) for i in metadata["ids"].split(",") if i), metadata["quant"],
+                tuple(name for name in metadata.get("parts", "").split(",") if name),
             )  # fmt: skip
         except (KeyError, ValueError, TypeError) as e:
             raise _no_dump(path, f"metadata: {e}") from e

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from math import inf, nan
 
 import pytest
@@ -48,6 +49,14 @@ def test_equal_dumps_agree_in_execution_order(compare):
     assert [r.name for r in report.results] == list(taps())
     assert all(r.rel_rms in (0, None) and r.num_differ == 0 for r in report.results)
     assert "all within limits" in to_text(report)
+
+
+def test_fusions_that_were_off_are_noted(compare):
+    parts = replace(INFO, parts=("mhc_post_pre", "cache_step_append"))
+    report = compare(taps(), info_b=parts)
+    assert report.first_divergence is None
+    assert report.notes == ("A runs nothing as parts, B mhc_post_pre, cache_step_append",)
+    assert compare(taps(), info_a=parts, info_b=parts).notes == ()
 
 
 def test_the_first_divergent_tap_is_named_with_its_place(compare):
