@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # On shared cores more threads are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test gates oracle stress aot lint format gpu bench clean
+.PHONY: demo test gates oracle stress aot lint format gpu sanitize bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/dsv4 generate nano -p "The capital of France is" -n 8 --stop "." --expect Paris
@@ -60,6 +60,10 @@ else
 gpu:
 	$(PYTHON) -m pytest -m gpu tests
 endif
+
+# Every kernel under compute-sanitizer, about five minutes; the environment of `make gpu`.
+sanitize:
+	PYTHONPATH=. $(PYTHON) tools/sanitize.py
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/nano_cpu.py
