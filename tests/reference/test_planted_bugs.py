@@ -10,7 +10,7 @@ import torch
 
 from dsv4.reference.simulation import QuantSimulation
 from dsv4.testing.numeric import relative_error
-from support import golden
+from support import golden, w4a8
 from support.planted_bugs import BUGS, Bug
 
 CAUGHT = 1e-4  # the golden tests pass below 1e-5
@@ -34,6 +34,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> None:
 
 def deviation(check: str) -> float:
     """How far the checked result is from the golden one; 0 .. 1 for kvquant, a share of rows."""
+    if check == "w4a8":
+        return w4a8.deviation()
     if check == "decode":
         return relative_error(golden.decode(golden.model(), 60), golden_decode(60))
     if check == "kvquant":
@@ -51,7 +53,7 @@ def golden_decode(steps: int) -> torch.Tensor:
     return golden.golden("exact")["decode_logits"][: -(-steps // golden.STRIDE)]
 
 
-@pytest.mark.parametrize("check", ["prefill", "decode", "mtp", "kvquant"])
+@pytest.mark.parametrize("check", ["prefill", "decode", "mtp", "kvquant", "w4a8"])
 def test_the_checks_pass_without_a_bug(check: str) -> None:
     assert deviation(check) < 1e-5
 

@@ -26,7 +26,7 @@ class Bug:
     name: str
     target: str
     make: Callable[[Any], Any]
-    check: str = "prefill"  # prefill | decode | mtp | kvquant
+    check: str = "prefill"  # prefill | decode | mtp | kvquant | w4a8
 
 
 def _rope_sign(f):
@@ -325,6 +325,30 @@ def _index_keys_fp8(f):
     return lambda x, *a: quant.simulate_index_fp8(x)
 
 
+def _input_not_rounded(is_down: bool):
+    """W1 and W3 have fewer rows than columns here, W2 has more."""
+
+    def make(f):
+        def linear(x, weight, simulate_activation=False):
+            is_it = (weight.shape[0] > weight.shape[1]) == is_down
+            return f(x, weight, simulate_activation and not is_it)
+
+        return linear
+
+    return make
+
+
+def _scale_of_64_columns(f):
+    return lambda x, group: f(x, 64)
+
+
+def _routing_after_down(f):
+    def run(x, weights, limit, routing=None, simulate_activation=False):
+        return f(x, weights, limit, None, simulate_activation) * routing[:, None]
+
+    return run
+
+
 BUGS = (
     Bug("RoPE turns the wrong way", f"{LAYER}.apply_rope", _rope_sign),
     Bug("inverse RoPE of the output dropped", f"{LAYER}.apply_rope", _rope_one_way),
@@ -385,6 +409,16 @@ BUGS = (
         _quantise_rope_too, "kvquant"),
     Bug("index keys in FP8 instead of MXFP4", "dsv4.reference.simulation.simulate_mxfp4",
         _index_keys_fp8, "kvquant"),
+    Bug("W4A8 tokens not rounded", "dsv4.reference.experts.linear", _input_not_rounded(False),
+        "w4a8"),
+    Bug("W4A8 hidden rows not rounded", "dsv4.reference.experts.linear", _input_not_rounded(True),
+        "w4a8"),
+    Bug("W4A8 with a scale for 64 columns", "dsv4.reference.linear.simulate_fp8",
+        _scale_of_64_columns, "w4a8"),
+    Bug("W4A8 weighs after the rounding", "dsv4.reference.experts.expert", _routing_after_down,
+        "w4a8"),
+    Bug("W4A8 weights off by one group", "dsv4.reference.experts.dequantize", _scales_shifted,
+        "w4a8"),
     Bug("no Hadamard rotation", "dsv4.reference.simulation.hadamard", lambda f: lambda x: x,
         "kvquant"),
 )  # fmt: skip
