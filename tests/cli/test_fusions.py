@@ -145,6 +145,11 @@ def test_misuse(dsv4, argv, said, monkeypatch, tmp_path):
     assert said in err
 
 
+@pytest.mark.parametrize("verb", ["generate", "chat", "dump", "diff", "bench"])
+def test_the_help_of_every_verb_that_runs_kernels_has_it(dsv4, verb):
+    assert "--no-fusion NAME[,NAME]" in dsv4(verb, "--help")[1]
+
+
 def test_the_documentation_lists_every_name():
     text = Path(__file__).parents[2].joinpath("docs/engine.md").read_text()
     assert [name for name in FUSED if f"| `{name}` |" not in text] == []
