@@ -58,7 +58,7 @@ def test_prompts_of_any_size_need_no_binary_that_the_warm_up_did_not(with_mtp: b
         stepper.warm_up()
     leaves_nothing(model)
     rng = random.Random(3)
-    sizes = [*range(1, 150), *(rng.randint(150, 2048) for _ in range(50))]
+    sizes = [*range(1, 70), *(rng.randint(70, 2048) for _ in range(50))]
     for num_rows in sizes:
         last = range(rng.randint(0, min(num_rows, 16)))
         with binaries() as own, prompts(model, num_rows) as step:
