@@ -50,7 +50,7 @@ def case(B: int, T: int, context: int, topk: int, keys: Any) -> Case:
     made = [
         indexer_case(
             [(context - T, T)] * B, topk, keys, num_heads=HEADS, entries_per_page=PER_PAGE,
-            seed=i, device="cuda",
+            rope_dim=64, seed=i, device="cuda",
         )
         for i in range(copies)
     ]  # fmt: skip

@@ -14,7 +14,6 @@ from dsv4.layers.compressor import Compressor
 from dsv4.layers.linear import Fp8Linear
 from dsv4.layers.weights import WeightView
 from dsv4.ops.indexer import indexer_scores_topk
-from dsv4.ops.norm import inverse_rope
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,10 @@ class Indexer:
         ratio = LayerKind.CSA.ratio
         q = self.wq_b(latent).unflatten(1, (c.index_n_heads, -1))
         rope = batch.ropes[LayerKind.CSA]
-        inverse_rope(q, rope.cos, rope.minus_sin, rows.position)
         chosen = indexer_scores_topk(
             q, head_weights, pages, batch.page_table, rows.slot, rows.position,
             ratio, batch.page_tokens // ratio, c.index_topk, form.keys, form.is_rotated,
-            form.is_rounded,
+            form.is_rounded, rope.cos, rope.sin,
         )  # fmt: skip
         tap(f"{self.name}.topk", chosen)
         return chosen

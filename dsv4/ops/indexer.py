@@ -28,7 +28,7 @@ def topk_select(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
 def _fake_scores_topk(
     q: Tensor, head_weights: Tensor, pages: Tensor, page_table: Tensor, slot: Tensor,
     position: Tensor, ratio: int, entries_per_page: int, topk: int, keys: str,
-    is_rotated: bool, is_rounded: bool,
+    is_rotated: bool, is_rounded: bool, cos: Tensor | None = None, sin: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _entries(q, topk)
 
@@ -37,12 +37,12 @@ def _fake_scores_topk(
 def indexer_scores_topk(
     q: Tensor, head_weights: Tensor, pages: Tensor, page_table: Tensor, slot: Tensor,
     position: Tensor, ratio: int, entries_per_page: int, topk: int, keys: str,
-    is_rotated: bool, is_rounded: bool,
+    is_rotated: bool, is_rounded: bool, cos: Tensor | None = None, sin: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See dsv4.reference.paged_indexer.indexer_scores_topk."""
     args = (
         q, head_weights, pages, page_table, slot, position, ratio, entries_per_page, topk, keys,
-        is_rotated, is_rounded,
+        is_rotated, is_rounded, cos, sin,
     )  # fmt: skip
     out = kernels.indexer_scores_topk.outputs(*args)
     select(INDEXER_SCORES_TOPK, q.device).launch(*args, out)

@@ -14,6 +14,8 @@ from dsv4.core.kv_layout import IndexKeys
 from dsv4.reference.attention import visible_entries
 from dsv4.reference.cache_writes import gather_index_keys
 from dsv4.reference.indexer import indexer_scores, indexer_topk
+from dsv4.reference.precision import wide_dtype
+from dsv4.reference.rope import apply_rope
 from dsv4.reference.simulation import QuantSimulation
 
 
@@ -33,13 +35,13 @@ def topk_select(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
 def indexer_scores_topk(
     q: Tensor, head_weights: Tensor, pages: Tensor, page_table: Tensor, slot: Tensor,
     position: Tensor, ratio: int, entries_per_page: int, topk: int, keys: IndexKeys,
-    is_rotated: bool, is_rounded: bool,
+    is_rotated: bool, is_rounded: bool, cos: Tensor | None = None, sin: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The entries each query attends to, from index keys in pages.
 
         I(t, w) = sum_h u_h ReLU(q^I_h . k_w),   S_t = top-k_w I(t, w)      (paper eqs. 13-17)
 
-    q             [T, I, J] after RoPE
+    q             [T, I, J] after RoPE, or before it where cos and sin are given
     head_weights  [T, I] FP32
     pages         [P, stride] uint8, index keys in the format `keys`
     page_table    [slots, max_pages] int32; a wider table than in use costs time, so narrow it
@@ -48,13 +50,17 @@ def indexer_scores_topk(
                   table has room for)
     is_rotated    whether the query takes the Hadamard transform here, as the keys did
     is_rounded    whether the query is rounded here to the format of the keys
+    cos, sin      [positions, R/2] FP32: the last R dims of each head take their RoPE here, and are
+                  rounded to q's dtype
     ->            [T, topk] int32, ascending, -1 after the last: min(topk, visible) entries a row,
                   and none for padding. Ties go to the lower index.
     """
+    dtype = wide_dtype(q.dtype)
     chosen = torch.full((len(q), topk), -1, dtype=torch.int32, device=q.device)
+    if cos is not None and sin is not None:
+        q = apply_rope(q, *(table[position].to(dtype) for table in (cos, sin)))
     query = round_query(q, keys, is_rotated, is_rounded)
     visible = paged_visible(slot, position, ratio, page_table.shape[1] * entries_per_page)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     for s in slot[visible > 0].unique():
         rows = (slot == s) & (visible > 0)
         entry = torch.arange(int(visible[rows].max()), device=q.device)

@@ -15,6 +15,8 @@ from torch import Tensor
 from dsv4.kernels.indexer import indexer_scores_topk as kernel
 from dsv4.kernels.indexer import topk_select as select_kernel
 from dsv4.ops import indexer as ops
+from dsv4.ops.norm import inverse_rope
+from dsv4.reference import fused
 from dsv4.reference import paged_indexer as oracle
 from dsv4.reference.cache_writes import gather_index_keys
 from dsv4.reference.indexer import indexer_scores
@@ -152,6 +154,45 @@ def test_head_counts_and_query_dtypes(num_heads: int, dtype: torch.dtype) -> Non
     check_choice(case, choose(case))
 
 
+@pytest.mark.parametrize("rope_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("keys", ["fp8", "mxfp4"])
+def test_rope_here_equals_rope_before(keys: Any, dtype: torch.dtype, rope_dim: int) -> None:
+    """Bit for bit: queries and weights as the scores see them, and the entries."""
+    case = indexer_case(
+        [(400, 2), (30, 1), (1000, 1)], 16, keys, num_heads=6, padding=2, dtype=dtype,
+        rope_dim=rope_dim,
+    )  # fmt: skip
+    case.q[:, :, ::5] *= 0.0  # zeros of both signs
+    here = case.to(DEVICE).args()
+    before = here | {"q": here["q"].clone(), "cos": None, "sin": None}
+    inverse_rope(before["q"], here["cos"], -here["sin"], here["position"])
+    assert not torch.equal(before["q"], here["q"])
+    outs = []
+    for args in (here, before):
+        outs.append(kernel.outputs(**args))
+        kernel.launch(**args, out=outs[-1])
+    for name, i in (("entries", 0), ("query", 1), ("weights", 2)):
+        assert_bits_equal(name, outs[0][i], outs[1][i])
+    turned, plain = case.args(), case.args() | {"q": case.q.clone(), "cos": None, "sin": None}
+    fused.inverse_rope(plain["q"], turned["cos"], -turned["sin"], turned["position"])
+    want = oracle.indexer_scores_topk(**plain)
+    assert_bits_equal("oracle", oracle.indexer_scores_topk(**turned), want)
+    assert int((outs[0][0].cpu() != want).any(dim=1).sum()) <= 1
+
+
+@pytest.mark.parametrize("name", ["cos", "sin"])
+def test_half_an_angle_is_refused(name: str) -> None:
+    args = indexer_case([(300, 2)], 16, rope_dim=64).to(DEVICE).args()
+    with pytest.raises(ValueError, match=f"{name}: expected both cos and sin, or neither"):
+        ops.indexer_scores_topk(**args | {name: None})
+    with pytest.raises(ValueError, match=f"{name}: expected torch.float32"):
+        ops.indexer_scores_topk(**args | {name: args[name].double()})
+    wide = {"cos": torch.ones(400, 65, device=DEVICE), "sin": torch.ones(400, 65, device=DEVICE)}
+    with pytest.raises(ValueError, match="cos: expected 1 to 64 pairs, got 65"):
+        ops.indexer_scores_topk(**args | wide)
+
+
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 17])
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_any_number_of_tiles(tiles: int, more: int, monkeypatch: Any) -> None:
@@ -282,6 +323,8 @@ def test_op_contract() -> None:
     case = indexer_case([(100, 1)], 16, num_heads=4).to(DEVICE)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.indexer_scores_topk.op, (), case.args(), test_utils=tests)
+    turned = indexer_case([(100, 1)], 16, num_heads=4, rope_dim=64).to(DEVICE).args()
+    torch.library.opcheck(ops.indexer_scores_topk.op, (), turned, test_utils=tests)
     scores = select_scores(2, 40).to(DEVICE), torch.tensor([40, 3], device=DEVICE), 8
     torch.library.opcheck(ops.topk_select.op, scores, test_utils=tests)
 

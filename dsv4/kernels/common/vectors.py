@@ -13,30 +13,39 @@ def rms_norm(x, weight, eps, C: tl.constexpr):
 
 @triton.jit
 def rope(
-    x, cos_ptr, sin_ptr, row, C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr
+    x, cos_ptr, sin_ptr, row, C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr,
+    N: tl.constexpr = 1,
 ):  # fmt: skip
-    """Rotate the last R of C dims; dims 2i and 2i + 1 are a pair. Row `row` of the FP32 tables."""
-    a, b = tl.split(tl.reshape(x, [BLOCK_C // 2, 2]))
-    i = tl.arange(0, BLOCK_C // 2) - (C - R) // 2
+    """Rotate the last R of C dims; dims 2i and 2i + 1 are a pair. Row `row` of the FP32 tables.
+
+    N  vectors of BLOCK_C lanes in a row
+    """
+    a, b = tl.split(tl.reshape(x, [N * BLOCK_C // 2, 2]))
+    i = tl.arange(0, N * BLOCK_C // 2)
+    if N > 1:
+        i %= BLOCK_C // 2
+    i -= (C - R) // 2
     is_rope = (i >= 0) & (i < R // 2)
     cos = tl.load(cos_ptr + row * (R // 2) + i, is_rope, 1.0)
     sin = tl.load(sin_ptr + row * (R // 2) + i, is_rope, 0.0)
     # Not by cos = 1, sin = 0 alone: a - b * 0 loses the sign of a zero.
     real = tl.where(is_rope, a * cos - b * sin, a)
     imaginary = tl.where(is_rope, a * sin + b * cos, b)
-    return tl.reshape(tl.join(real, imaginary), [BLOCK_C])
+    return tl.reshape(tl.join(real, imaginary), [N * BLOCK_C])
 
 
 @triton.jit
-def hadamard(x, N: tl.constexpr, SCALE: tl.constexpr):
-    """Sylvester-Hadamard transform of natural order, times SCALE; N a power of two.
+def hadamard(x, N: tl.constexpr, SCALE: tl.constexpr, COUNT: tl.constexpr = 1):
+    """Sylvester-Hadamard transform of natural order of COUNT vectors in a row, times SCALE.
+
+    N, their size, and COUNT are powers of two.
 
     Each stage pairs elements `half` apart; the pair has to be the last axis to be split.
     """
     y = x
     for stage in tl.static_range(0, 16):
         if 2**stage < N:
-            y = _butterfly(y, N, 2**stage)
+            y = _butterfly(y, COUNT * N, 2**stage)
     return y * SCALE
 
 

@@ -1,4 +1,4 @@
-"""Query rotation and rounding, scores of index keys read from pages, top k. Triton, from SM 9.0.
+"""RoPE and rounding of queries, scores of index keys read from pages, top k. Triton, from SM 9.0.
 
 Three launches, each started while the one before it still runs: queries; scores; choice (a fourth
 merges blocks beyond 32K tokens of context). Scores go to a scratch of at most SCRATCH_BYTES, that
@@ -35,9 +35,10 @@ from dsv4.kernels.common.bits import (
     round_to,
     widen,
 )
-from dsv4.kernels.common.checks import check_float, check_int, check_stride
+from dsv4.kernels.common.checks import check_angles, check_float, check_int, check_stride
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
 from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
+from dsv4.kernels.common.vectors import hadamard, rope
 from dsv4.kernels.indexer.topk_select import launch_select, winner_shape
 
 REFERENCE = "dsv4.reference.paged_indexer:indexer_scores_topk"
@@ -59,28 +60,33 @@ def visible_entries(slot, position, ratio, capacity):
 
 @triton.jit
 def indexer_query_kernel(
-    q_ptr, weights_ptr, slot_ptr, position_ptr, query_ptr, scaled_ptr, visible_ptr,
-    ratio, capacity, I,
-    J: tl.constexpr, HEADS: tl.constexpr, MXFP4: tl.constexpr, ROTATE: tl.constexpr,
-    ROUND: tl.constexpr, SCALE: tl.constexpr,
+    q_ptr, weights_ptr, slot_ptr, position_ptr, cos_ptr, sin_ptr, query_ptr, scaled_ptr,
+    visible_ptr, ratio, capacity, I,
+    J: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, MXFP4: tl.constexpr,
+    ROTATE: tl.constexpr, ROUND: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate and round HEADS heads of a query; the scale of an FP8 query goes to its weight."""
+    """Turn the last R dims of HEADS heads of a query, rotate and round the heads.
+
+    The scale of an FP8 query goes to its weight.
+    """
     # In this order: the scores load keys, some of this step, before they wait.
     wait_for_previous()
     let_next_start()
     t, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    position = tl.load(position_ptr + t)
     if first == 0:
-        visible = visible_entries(
-            tl.load(slot_ptr + t), tl.load(position_ptr + t), ratio, capacity
-        )  # fmt: skip
+        visible = visible_entries(tl.load(slot_ptr + t), position, ratio, capacity)
         tl.store(visible_ptr + t, visible.to(tl.int64))
     n, h = tl.arange(0, HEADS * J), tl.arange(0, HEADS)
     at = (t * I + first) * J + n
     is_live = first + n // J < I
     loaded = tl.load(q_ptr + at, is_live, 0.0)
     x = widen(loaded)
+    if R > 0:
+        x = rope(x, cos_ptr, sin_ptr, position, J, R, J, HEADS)
+        x = round_to(x, loaded.dtype == tl.bfloat16)
     if ROTATE:
-        x = round_to(_rotate(x, HEADS, J) * SCALE, loaded.dtype == tl.bfloat16)
+        x = round_to(hadamard(x, J, SCALE, HEADS), loaded.dtype == tl.bfloat16)
     weight = tl.load(weights_ptr + t * I + first + h, first + h < I, 0.0)
     if not ROUND:
         out = narrow(x, True)
@@ -98,19 +104,6 @@ def indexer_query_kernel(
         at += (c % 2) * 16 + c // 2 - c
     tl.store(query_ptr + at, out, is_live)
     tl.store(scaled_ptr + t * I + first + h, weight, first + h < I)
-
-
-@triton.jit
-def _rotate(x, HEADS: tl.constexpr, J: tl.constexpr):
-    """Sylvester-Hadamard transform of each J of [HEADS * J], unscaled."""
-    y = x
-    for stage in tl.static_range(0, 16):
-        if 2**stage < J:
-            pairs = tl.reshape(y, [HEADS * J // (2 * 2**stage), 2, 2**stage])
-            even, odd = tl.split(tl.permute(pairs, [0, 2, 1]))
-            y = tl.permute(tl.join(even + odd, even - odd), [0, 2, 1])
-            y = tl.reshape(y, [HEADS * J])
-    return y
 
 
 @triton.jit
@@ -345,7 +338,7 @@ def operand_dtype(keys: str, is_rounded: bool) -> torch.dtype:
 def outputs(
     q: Tensor, head_weights: Tensor, pages: Tensor, page_table: Tensor, slot: Tensor,
     position: Tensor, ratio: int, entries_per_page: int, topk: int, keys: str,
-    is_rotated: bool, is_rounded: bool,
+    is_rotated: bool, is_rounded: bool, cos: Tensor | None, sin: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Allocate the entries [T, topk]; then scratch, in the order of `launch`'s checks."""
     T, I, J = q.shape
@@ -371,12 +364,13 @@ def rows_at_once(T: int, S: int) -> int:
 def launch(
     q: Tensor, head_weights: Tensor, pages: Tensor, page_table: Tensor, slot: Tensor,
     position: Tensor, ratio: int, entries_per_page: int, topk: int, keys: str,
-    is_rotated: bool, is_rounded: bool, out: tuple[Tensor, ...],
+    is_rotated: bool, is_rounded: bool, cos: Tensor | None, sin: Tensor | None,
+    out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Fill `out`. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
     args = (
         q, head_weights, pages, page_table, slot, position, ratio, entries_per_page, topk, keys,
-        is_rotated, is_rounded,
+        is_rotated, is_rounded, cos, sin,
     )  # fmt: skip
     launch_with(launch_select, *args, out)
 
@@ -384,7 +378,8 @@ def launch(
 def launch_with(
     choose: Callable[..., None], q: Tensor, head_weights: Tensor, pages: Tensor,
     page_table: Tensor, slot: Tensor, position: Tensor, ratio: int, entries_per_page: int,
-    topk: int, keys: str, is_rotated: bool, is_rounded: bool, out: tuple[Tensor, ...],
+    topk: int, keys: str, is_rotated: bool, is_rounded: bool, cos: Tensor | None,
+    sin: Tensor | None, out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """What `launch` does, with the choice among scores left to `choose`, a `launch_select`."""
     entries, query, weights, visible, scores, winner_keys, winner_ids = out
@@ -392,6 +387,7 @@ def launch_with(
         q, head_weights, pages, page_table, slot, position, ratio, entries_per_page, topk, keys,
         is_rounded,
     )  # fmt: skip
+    rope_dim = check_angles(q, cos, sin)
     S = page_table.shape[1] * entries_per_page
     rows = rows_at_once(T, S)
     check_tensors(
@@ -406,9 +402,10 @@ def launch_with(
     if T == 0:
         return
     indexer_query_kernel[(T, triton.cdiv(I, CONFIG["HEADS"]))](
-        q, head_weights, slot, position, query, weights, visible, ratio, S, I, J=J,
-        HEADS=CONFIG["HEADS"], MXFP4=keys == "mxfp4", ROTATE=is_rotated, ROUND=is_rounded,
-        SCALE=J**-0.5, num_warps=1, **PDL, **EXACT,
+        q, head_weights, slot, position, *((cos, sin) if rope_dim else (weights, weights)),
+        query, weights, visible, ratio, S, I, J=J, R=rope_dim, HEADS=CONFIG["HEADS"],
+        MXFP4=keys == "mxfp4", ROTATE=is_rotated, ROUND=is_rounded, SCALE=J**-0.5, num_warps=1,
+        **PDL, **EXACT,
     )  # fmt: skip
     for start in range(0, T, rows):
         part = slice(start, min(start + rows, T))

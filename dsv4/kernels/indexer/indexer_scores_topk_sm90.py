@@ -29,12 +29,13 @@ __all__ = [
 def launch(
     q: Tensor, head_weights: Tensor, pages: Tensor, page_table: Tensor, slot: Tensor,
     position: Tensor, ratio: int, entries_per_page: int, topk: int, keys: str,
-    is_rotated: bool, is_rounded: bool, out: tuple[Tensor, ...],
+    is_rotated: bool, is_rounded: bool, cos: Tensor | None, sin: Tensor | None,
+    out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Fill `out`. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
     launch_with(
         launch_select, q, head_weights, pages, page_table, slot, position, ratio,
-        entries_per_page, topk, keys, is_rotated, is_rounded, out,
+        entries_per_page, topk, keys, is_rotated, is_rounded, cos, sin, out,
     )  # fmt: skip
 
 

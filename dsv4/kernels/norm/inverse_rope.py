@@ -8,11 +8,10 @@ from torch import Tensor
 from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.bits import widen
-from dsv4.kernels.common.checks import check_float
+from dsv4.kernels.common.checks import check_float, check_pairs
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
 from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import cast, rotate_pairs
-from dsv4.kernels.norm.q_norm_rope import check_pairs
 
 REFERENCE = "dsv4.reference.fused:inverse_rope"
 CONFIG = {"BLOCK_H": 32, "num_warps": 4}

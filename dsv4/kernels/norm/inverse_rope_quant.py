@@ -11,10 +11,9 @@ from torch import Tensor
 from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.bits import widen
-from dsv4.kernels.common.checks import check_float, check_power_of_two
+from dsv4.kernels.common.checks import check_float, check_pairs, check_power_of_two
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
 from dsv4.kernels.common.rows import fp8_rows, rotate_pairs, rounded
-from dsv4.kernels.norm.q_norm_rope import check_pairs
 
 REFERENCE = "dsv4.reference.fused:inverse_rope_quant"
 CONFIG = {"BLOCK_H": 32, "num_warps": 4}

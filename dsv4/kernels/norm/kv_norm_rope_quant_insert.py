@@ -12,7 +12,7 @@ from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.core.kv_layout import KvRecord
 from dsv4.kernels.common.bits import bf16_bits, e8m0_value, widen
-from dsv4.kernels.common.checks import check_float, check_int, check_stride
+from dsv4.kernels.common.checks import check_float, check_int, check_pairs, check_stride
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
 from dsv4.kernels.common.rows import (
     cast,
@@ -21,7 +21,6 @@ from dsv4.kernels.common.rows import (
     rotate_pairs,
     rounded,
 )
-from dsv4.kernels.norm.q_norm_rope import check_pairs
 
 REFERENCE = "dsv4.reference.fused:kv_norm_rope_quant_insert"
 CONFIG = {"num_warps": 1}

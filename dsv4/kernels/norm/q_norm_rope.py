@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common.bits import widen
-from dsv4.kernels.common.checks import check_float
+from dsv4.kernels.common.checks import check_float, check_pairs
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
 from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import cast, rms_factor, rotate_pairs, rounded
@@ -86,12 +86,6 @@ def launch(q: Tensor, cos: Tensor, sin: Tensor, position: Tensor, eps: float, ou
         BLOCK_C=triton.next_power_of_2(C), BLOCK_R=triton.next_power_of_2(R),
         **CONFIG, **PDL, **EXACT,
     )  # fmt: skip
-
-
-def check_pairs(rope_dim: int, dims: int) -> None:
-    """Between 1 pair and as many as fit into `dims`."""
-    if not 2 <= rope_dim <= dims:
-        raise ValueError(f"cos: expected 1 to {dims // 2} pairs, got {rope_dim // 2}")
 
 
 SPEC = KernelSpec("q_norm_rope/triton", launch, runs_on_cpu=INTERPRETED)

@@ -36,6 +36,8 @@ class IndexerCase:
     is_rotated: bool
     is_rounded: bool
     num_entries: tuple[int, ...]
+    cos: Tensor | None = None
+    sin: Tensor | None = None
 
     def args(self) -> dict[str, Any]:
         """Arguments of the op and of its oracle."""
@@ -58,12 +60,13 @@ def indexer_case(
     spans: Sequence[tuple[int, int]], topk: int, keys: IndexKeys = "fp8", *, num_heads: int = 8,
     entries_per_page: int = 32, max_pages: int | None = None, padding: int = 0,
     is_rotated: bool = True, is_rounded: bool = True, dtype: torch.dtype = torch.bfloat16,
-    levels: int = 0, seed: int = 0, device: str = "cpu",
+    levels: int = 0, rope_dim: int = 0, seed: int = 0, device: str = "cpu",
 ) -> IndexerCase:  # fmt: skip
     """Requests with queries at positions [start, start + n) for (start, n) in `spans`.
 
     levels   draw keys from this many different ones, which makes scores tie; 0 for all different
     padding  rows with slot -1 at the end
+    rope_dim dims of a query that are still to be rotated
     """
     g = Generator(device).manual_seed(seed)
     num_entries = tuple((start + n) // RATIO for start, n in spans)
@@ -90,8 +93,18 @@ def indexer_case(
     return IndexerCase(
         q, weights, pages, table.to(device), slot.to(device),
         position.to(torch.int64).to(device), entries_per_page, topk, keys, is_rotated,
-        is_rounded, num_entries,
+        is_rounded, num_entries, *_angles(int(position.max()) + 1, rope_dim, device),
     )  # fmt: skip
+
+
+def _angles(
+    num_positions: int, rope_dim: int, device: str
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if rope_dim == 0:
+        return None, None
+    freqs = 1e4 ** -(torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
+    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * freqs
+    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def fill_pages(
@@ -137,7 +150,7 @@ def aot_calls() -> dict[str, dict[str, Any]]:
         ("prefill", 512, [(4096, 256)]),
     ):  # fmt: skip
         for keys in ("fp8", "mxfp4"):
-            case = indexer_case(spans, topk, keys, num_heads=64, entries_per_page=64)
+            case = indexer_case(spans, topk, keys, num_heads=64, entries_per_page=64, rope_dim=64)
             calls[f"indexer_scores_topk/{name}_{keys}"] = case.args()
     long = indexer_case([(40000, 1)], 512, num_heads=64, entries_per_page=64, max_pages=256)
     calls["indexer_scores_topk/long"] = long.args()
