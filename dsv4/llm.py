@@ -84,9 +84,9 @@ class LLM:
     prefix_bytes  host memory for prefixes of prompts that are used again
     drafts        let the MTP block draft a token a step; answers stay what they are
 
-    Weights and cache are allocated here and freed by `close`, or at the end of a with block. One
-    thread at a time. Raises CheckpointError, ConfigError, RequestError, CapacityError,
-    DeviceUnavailable.
+    Weights and cache are allocated here and freed by `close`, or at the end of a with block; all
+    kernels are compiled here, none later. One thread at a time. Raises CheckpointError,
+    ConfigError, RequestError, CapacityError, DeviceUnavailable.
     """
 
     def __init__(
@@ -138,8 +138,9 @@ class LLM:
         pairs = zip(prompts, own, strict=True)
         requests = self._add_all([(p, q or SamplingParams()) for p, q in pairs], thinking)
         try:
-            while not all(self._answers[r].is_finished for r in requests):
-                self._step()
+            for request in requests:
+                while not self._answers[request].is_finished:
+                    self._step()
             return [_output(r, self._answers[r].events) for r in requests]
         finally:
             self._abandon(requests)
@@ -212,11 +213,12 @@ class LLM:
         """
         try:
             known = self._running.step()
-        finally:
+        except BaseException:
             for request, answer in self._answers.items():
                 if request.finish_reason == "error" and not answer.is_finished:
                     answer.is_finished = True
                     answer.events.append(Event("finish", "error"))
+            raise
         for request, token in known:
             answer = self._answers.get(request)
             if answer is None or answer.is_finished:
