@@ -19,14 +19,6 @@ from dsv4.testing.tiny import random_weights, tiny_config
 Weights = dict[str, Tensor | BlockScaledTensor]
 
 
-class RecordSimulation(QuantSimulation):
-    """What a cache record does to a key: as simulated, and the rotated dims are BF16 in it."""
-
-    def round_kv(self, kv: Tensor, rope_dim: int) -> Tensor:
-        nope, rope = super().round_kv(kv, rope_dim).split([kv.shape[-1] - rope_dim, rope_dim], -1)
-        return torch.cat((nope, rope.to(torch.bfloat16).to(rope.dtype)), dim=-1)
-
-
 def served_config(**overrides: Any) -> ModelConfig:
     """The tiny model with a window as wide as the kernels know, without an MTP block."""
     fields = {"sliding_window": 128, "num_nextn_predict_layers": 0}
@@ -53,7 +45,7 @@ def reference(
 ) -> ReferenceModel:  # fmt: skip
     """The reference with the roundings of the production cache."""
     form = form or IndexerForm()
-    simulate = RecordSimulation(kv=True, indexer=form.keys, hadamard=form.is_rotated)
+    simulate = QuantSimulation("fp8_record", indexer=form.keys, hadamard=form.is_rotated)
     return ReferenceModel(config, weights, dtype, simulate)
 
 

@@ -420,16 +420,20 @@ __device__ __forceinline__ void store_part(const Params& p, const Query& query, 
     }
 }
 
+// All copies under way at once; heads beyond the last are zeros.
 __device__ __forceinline__ void load_query(const Params& p, const Query& query, u8* smem) {
-    for (int i = threadIdx.x; i < HEADS * 64; i += 256) {
-        int h = i / 64, chunk = i % 64;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (query.head + h < p.H) {
-            const u8* row = p.q + (query.t * p.H + query.head + h) * C * 2;
-            x = *reinterpret_cast<const uint4*>(row + chunk * 16);
-        }
-        *reinterpret_cast<uint4*>(smem + chunk / 8 * BLOCK_BYTES + swizzled(h, chunk % 8)) = x;
+#pragma unroll
+    for (int j = 0; j < HEADS * 64 / 256; j++) {
+        int i = threadIdx.x + j * 256, h = i / 64, chunk = i % 64;
+        bool live = query.head + h < p.H;
+        const u8* from = p.q + (query.t * p.H + (live ? query.head + h : 0)) * C * 2 + chunk * 16;
+        asm volatile(
+            "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                shared_address(smem) + chunk / 8 * BLOCK_BYTES + swizzled(h, chunk % 8)),
+            "l"(from), "r"(live ? 16 : 0)
+            : "memory");
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(

@@ -22,9 +22,9 @@ NUM_SMS = 132  # of the device the cut was made for; fixed, because the cut deci
 WIDE_CHUNKS = 4  # of a block: one for each warpgroup
 STEP_ROWS = 20  # what a step of 128 columns costs beside its rows, in rows
 # Blocks in clusters of so many that run at once, one an SM; MAX_CLUSTERED where it is not said. The
-# 132 SMs are pairs in 8 groups of at most 18, and a cluster stays within a group: clusters of 3
-# leave at most 6 SMs over, whichever pairs are missing.
-AT_ONCE = {1: NUM_SMS, 2: NUM_SMS, 3: 126}
+# SMs are pairs in 8 groups of at most 18, and a cluster stays within a group: of clusters of 3 an
+# H200 held 39 at once.
+AT_ONCE = {1: NUM_SMS, 2: NUM_SMS, 3: 117}
 
 
 @dataclass(frozen=True)

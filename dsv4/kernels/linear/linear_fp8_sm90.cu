@@ -19,6 +19,7 @@ typedef unsigned long long u64;
 // DEPTH  steps under way for a thread  SPLIT  whether sums of chunks go to memory, one chunk a block
 // WIDE   whether a chunk's x is staged block by block, all warpgroups at the same one
 // QUANT  whether x is rounded to FP8  E8M0   whether scales are bytes, not FP32
+// WARP_MMA  whether products are a warp's, not a warp group's
 constexpr int THREADS = NWG * 128, UNITS = RT * KW / NWG, ACC = NTOK / 2;
 constexpr int STAGE = NWG * 8192;             // bytes of one step of all warpgroups
 constexpr int X_BLOCK = 2 * NTOK * 128;       // bytes of x for 128 columns, half used when FP8
@@ -32,8 +33,17 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
   return (u32)__cvta_generic_to_shared(p);
 }
 
-__device__ __forceinline__ void copy_async(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+// Weights are read once a step: they leave L2 first, so that what comes back in every layer, code
+// and activations, stays.
+__device__ __forceinline__ u64 read_once() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void copy_async(u32 to, const void* from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(from), "l"(policy));
 }
 
 __device__ __forceinline__ float e8m0(u32 byte) {
@@ -92,6 +102,23 @@ __device__ __forceinline__ void mma(float (&d)[ACC], const u32 (&a)[4], u64 b, i
                : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
 #endif
+}
+
+// The same of 16 rows and 8 tokens by one warp. The rows, tokens and columns of a lane are those of
+// `mma`, and so are the bits. An instruction for a warp group takes the matrix unit about 33 clocks
+// however few the tokens are; these four take about 8.
+__device__ __forceinline__ void mma_warp(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 load_shared(u32 at) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
 }
 
 // Byte of a 16-byte chunk in a tile of 128-byte rows, as the matrix unit swizzles it.
@@ -205,6 +232,7 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* __restrict__ weight, const
   auto unit_first = [&](int u) { return (wg + u * NWG) / RT * CHUNK; };
   auto unit_blocks = [&](int u) { return max(0, min(CHUNK, blocks - unit_first(u))); };
 
+  const u64 policy = read_once();
   int to_u = -1, left = 0, slot_in = 0;  // the unit that is copied next, its steps, their slot
   const u8* from = weight + (size_t)(first_row + warp * 16 + g) * K + block0 * 128 + q * 16;
   auto copy_step = [&]() {
@@ -218,28 +246,16 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* __restrict__ weight, const
     }
     if (left > 0) {
       const u32 to = ring + slot_in * STAGE;
-      copy_async(to, from);
-      copy_async(to + THREADS * 16, from + 64);
-      copy_async(to + THREADS * 32, from + 8 * K);
-      copy_async(to + THREADS * 48, from + 8 * K + 64);
+      copy_async(to, from, policy);
+      copy_async(to + THREADS * 16, from + 64, policy);
+      copy_async(to + THREADS * 32, from + 8 * K, policy);
+      copy_async(to + THREADS * 48, from + 8 * K + 64, policy);
       from += 128, left--;
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     slot_in = slot_in + 1 == DEPTH ? 0 : slot_in + 1;
   };
   for (int i = 0; i < DEPTH - 1; i++) copy_step();
-
-  // What does not fit into the ring waits in L2: memory would idle while the kernel before this one
-  // ends. A lane asks for the rest of one row.
-  if (lane < 16)
-#pragma unroll
-    for (int u = 0; u < UNITS; u++) {
-      const int skip = u == 0 ? DEPTH - 1 : 0, count = unit_blocks(u) - skip;
-      const u8* at = weight + (size_t)(first_row + unit_tile(u) * 64 + warp * 16 + lane) * K +
-                     (block0 + unit_first(u) + skip) * 128;
-      if (count > 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(count * 128));
-    }
 
   for (int i = tid; i < RT * BLOCKS; i += THREADS) {
     const int at = (first_row + i / BLOCKS * 64) / 128 * num_blocks + block0 + i % BLOCKS;
@@ -260,6 +276,10 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* __restrict__ weight, const
     // Descriptor: 128-byte swizzle, 1024 bytes between groups of eight tokens.
     const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(block) >> 4;
     float part[ACC];
+#if WARP_MMA
+#pragma unroll
+    for (int i = 0; i < ACC; i++) part[i] = 0.0f;
+#endif
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const u32 top[4] = {raw[half].x, raw[half].y, raw[half].z, raw[half].w};
@@ -275,13 +295,25 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* __restrict__ weight, const
         decode(low[j], a[j][1], a[j][3]);
 #endif
       }
+#if WARP_MMA
+      const u32 x_at = shared_address(block) + half * (X_BLOCK / 2) + 4 * q;
+#pragma unroll
+      for (int j = 0; j < STEPS; j++)
+#pragma unroll
+        for (int i = 0; i < NTOK / 8; i++)
+          mma_warp(part + 4 * i, a[j], load_shared(x_at + swizzled(8 * i + g, 2 * j)),
+                   load_shared(x_at + swizzled(8 * i + g, 2 * j + 1)));
+#else
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
       for (int j = 0; j < STEPS; j++)
         mma(part, a[j], at + (QUANT ? half * 4 : half * (X_BLOCK >> 5)) + 2 * j, half + j > 0);
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
     }
+#if !WARP_MMA
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
 #pragma unroll
     for (int i = 0; i < ACC; i++) {
       asm volatile("" : "+f"(part[i])::"memory");

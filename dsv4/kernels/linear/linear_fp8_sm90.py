@@ -28,6 +28,7 @@ SHARED_BYTES = 227 << 10
 PITCH_BYTES = 68 * 4  # of the sums of one token
 # Columns of the matrix instruction -> steps under way at most.
 CONFIG = {8: 4, 16: 4, 32: 5, 64: 5}
+MOST_WARP_MMA = 16  # columns up to which products are those of a warp
 WARPGROUPS = 4
 STEP_BYTES = WARPGROUPS * 64 * 128
 
@@ -75,6 +76,7 @@ def plan(T: int, N: int, K: int, groups: int, quantize_input: bool) -> _Plan:
 def linear_fp8_kernel(p: _Plan, quantize_input: bool, is_e8m0: bool, name: str = "") -> cuda.Source:
     """The source with its constants; `name` is the second kernel's."""
     defines = p.defines | {"QUANT": int(quantize_input), "E8M0": int(is_e8m0)}
+    defines["WARP_MMA"] = int(not quantize_input and p.defines["NTOK"] <= MOST_WARP_MMA)
     return cuda.Source.of(Path(__file__).with_suffix(".cu"), name or "linear_fp8_kernel", defines)
 
 
@@ -82,7 +84,9 @@ def sources() -> Iterator[tuple[cuda.Source, str]]:
     """What ahead-of-time compilation builds, and the instruction it must hold."""
     for T in (1, 16, 32, 64):
         for shape in ((4096, 8192, 1), (32768, 1024, 1)):
-            yield linear_fp8_kernel(plan(T, *shape, False), False, True), "HGMMA"
+            p = plan(T, *shape, False)
+            product = "HMMA" if p.defines["NTOK"] <= MOST_WARP_MMA else "HGMMA"
+            yield linear_fp8_kernel(p, False, True), product
             yield linear_fp8_kernel(plan(T, *shape, True), True, False), "QGMMA"
 
 

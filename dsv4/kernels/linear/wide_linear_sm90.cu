@@ -41,6 +41,14 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
 
+// Of weights: read once a step, they leave L2 first, so that code and activations stay.
+__device__ __forceinline__ void copy_once(u32 to, const void* from) {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;"
+               ::"r"(to), "l"(from), "l"(policy));
+}
+
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Byte of a 16-byte piece in a tile of 128-byte rows, as the matrix unit swizzles it.
@@ -169,8 +177,8 @@ __device__ __forceinline__ void run(
     if (has_rows && step < steps)
 #pragma unroll
       for (int j = 0; j < 4; j++)
-        copy_async(ring + step % DEPTH * W_STEP + swizzled(j * 4 + lane / 8, lane % 8),
-                   w_from[j] + step * 128);
+        copy_once(ring + step % DEPTH * W_STEP + swizzled(j * 4 + lane / 8, lane % 8),
+                  w_from[j] + step * 128);
   };
   for (int step = 0; step < DEPTH; step++) {
     copy_weights(step);

@@ -15,7 +15,7 @@
 // the copies run ahead over the ends of units and from gate and up into down. A unit of the second
 // kind waits until the hidden rows of its expert are complete, and the sums at the end, experts in
 // ascending order, until every expert has written its part: the result does not depend on who came
-// when. While a block waits for the hidden rows, its first rows of down are on their way into L2.
+// when.
 //
 // It is launched while the kernel before it runs, and reads and writes nothing before that is done.
 
@@ -66,11 +66,19 @@ struct Stage {
     u32 scales[2][32][SCALE_WORDS];
 };
 
+// Codes are read once a step: they leave L2 first, so that code and activations stay.
+__device__ __forceinline__ u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
     const u32 at = __cvta_generic_to_shared(to);
-    if constexpr (BYTES == 16)  // codes: read once, past L1
-        asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(at), "l"(from));
+    if constexpr (BYTES == 16)  // codes, past L1
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;"
+                     ::"r"(at), "l"(from), "l"(read_once()));
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES));
 }
@@ -300,17 +308,6 @@ __device__ __forceinline__ void issue(Producer& c, const Params& p, const Smem& 
     asm volatile("cp.async.commit_group;");
 }
 
-// The warp's part of the block's first unit of down into L2.
-__device__ __forceinline__ void prefetch_down(const Params& p, const Smem& s) {
-    const int units = s.num_hit * DOWN_UNITS, unit = first_unit(units, blockIdx.x);
-    if (threadIdx.x % 32 || unit == first_unit(units, blockIdx.x + 1)) return;
-    const int row = unit % DOWN_UNITS * ROWS + threadIdx.x / 32 * 16;
-    const u64 at = (u64)s.hit[unit / DOWN_UNITS] * D + row;
-    const u8 *codes = p.w2 + at * (F / 2), *scales = p.s2 + at * (F / GROUP);
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(codes), "n"(16 * (F / 2)));
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(scales), "n"(16 * (F / GROUP)));
-}
-
 // The sum over a token's experts, ascending; equal ids in the order of their slots.
 __device__ __forceinline__ void combine(const Params& p, const Smem& s, int token, int d) {
     int key[K_EXPERTS];
@@ -420,8 +417,6 @@ __device__ __forceinline__ void run_units(
                 issue(c, p, s, ring[slot == 0 ? STAGES - 1 : slot - 1]);
                 slot = slot == STAGES - 1 ? 0 : slot + 1;
             }
-            if (PREFETCH && !is_down && unit == end - 1 && begin + TOKENS >= stop)
-                prefetch_down(p, s);
             float sum[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[i] = (acc[0][i] + acc[1][i]) * 1.8446744073709552e19f;

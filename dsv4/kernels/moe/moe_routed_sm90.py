@@ -20,11 +20,11 @@ __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "moe_routed_kernel", "output
 MAX_TOKENS = 64
 STAGED_BYTES = 96 << 10  # most shared memory for tokens
 # Swept on H200: more inputs a step (U 4) or stages (4, 6) were slower, fewer inputs (U 1) too.
-# PREFETCH: whether a block asks L2 for its first rows of down before it waits for hidden rows.
-CONFIG = {"U": 2, "STAGES": 3, "PREFETCH": 1}
+CONFIG = {"U": 2, "STAGES": 3}
 # tokens up to -> columns of the tensor-core tile in use, warps of a block, blocks on an SM. Few
 # tokens of a step share an expert; where more do, its weights are read again from L2.
-PLANS = {1: (1, 4, 4), 8: (4, 4, 3), MAX_TOKENS: (8, 16, 1)}
+PLANS = {1: (1, 4, 3), 8: (4, 4, 3), MAX_TOKENS: (8, 16, 1)}
+SM_SHARED, BLOCK_SHARED = 228 << 10, 1 << 10  # of an SM; what each block costs besides its own
 
 
 def moe_routed_kernel(T: int, K: int, D: int, F: int, E: int, format: str) -> tuple:
@@ -47,10 +47,16 @@ def moe_routed_kernel(T: int, K: int, D: int, F: int, E: int, format: str) -> tu
 
 
 def shared_bytes(defines: dict[str, int]) -> int:
-    """Of the staged tokens and the rings."""
+    """Of the staged tokens and the rings; more if otherwise too many blocks fit on an SM.
+
+    The kernel starts while the one before it leaves one SM after the other: the first to be free
+    would fill up, and the last get nothing to do.
+    """
     stage = defines["U"] * (32 * 32 + 64 * 128 // defines["GROUP"])
     tokens = 2 * defines["TOKENS"] * max(defines["D"], defines["F"])
-    return tokens + defines["WARPS"] * defines["STAGES"] * stage
+    lists = 4 * (5 * defines["MAX_PAIRS"] + defines["E"] + 16)
+    share = SM_SHARED // defines["MIN_BLOCKS"] - BLOCK_SHARED - lists
+    return max(tokens + defines["WARPS"] * defines["STAGES"] * stage, share // 128 * 128)
 
 
 def launch(
