@@ -82,11 +82,15 @@ class Moe:
         return cls(config, name, Router.of(config, w.at("gate")), shared, w.expert_stack())
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, D] after the block's norm -> [T, D]"""
+        """x [T, D] after the block's norm -> [T, D]
+
+        The shared expert goes first: its weights come while the norm before it runs, and the
+        routed experts, which take all of the device, are set up behind the small router.
+        """
+        e, shared = self.experts, self.shared(x)
         ids, weights = self.router(x, batch)
         tap(f"{self.name}.router.ids", ids)
         tap(f"{self.name}.router.weights", weights)
-        e, shared = self.experts, self.shared(x)
         # Kernels for few rows and for many differ in the last bits, so prompts always take the one
         # for many: rows that no expert sees make up the number.
         missing = max(FEW_ROWS + 1 - len(x), 0) if batch.is_prefill else 0
