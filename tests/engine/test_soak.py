@@ -141,3 +141,9 @@ def test_it_builds_nano() -> None:
     assert built.model.limits.max_requests == 64
     assert built.stop_ids
     assert script.build("nano", "cpu", drafts=True).stepper.rows_each == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drafts", [[], ["--drafts"]], ids=["plain", "drafts"])
+def test_nano_on_the_device(drafts: list[str]) -> None:
+    assert script.main(["nano", "--requests", "500", "--pool", "60", *drafts]) == 0
