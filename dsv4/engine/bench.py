@@ -20,6 +20,7 @@ from dsv4.engine.model import ProductionModel
 from dsv4.engine.stepper import Stepper
 
 REPLAYS, RUNS, WARM_UPS = 11, 5, 3  # measurements, steps between two events, steps before
+LONG_US = 5e4  # steps beyond it are measured one at a time, three times
 FILL_LOW, FILL_HIGH = 0x30, 0x40  # bytes that are small numbers as FP8, BF16 and FP32
 SCALE_LOW, SCALE_HIGH = 0x7C, 0x80  # UE8M0: 1/8 to 1
 
@@ -112,18 +113,11 @@ def time_prefill(model: ProductionModel, num_tokens: int, trace: Path | None = N
 
 
 def _measure(run: Callable[[], object], trace: Path | None) -> StepTime:
-    for _ in range(WARM_UPS):
+    for _ in range(WARM_UPS - 1):
         run()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(RUNS):
-            run()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / RUNS)
+    is_long = _elapsed_us(run, 1) > LONG_US
+    replays, runs = (3, 1) if is_long else (REPLAYS, RUNS)
+    times = [_elapsed_us(run, runs) for _ in range(replays)]
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
@@ -136,3 +130,13 @@ def _measure(run: Callable[[], object], trace: Path | None) -> StepTime:
             totals[event.name][1] += event.device_time
     kernels = (KernelTime(name, int(n), us) for name, (n, us) in totals.items())
     return StepTime(median(times), tuple(sorted(kernels, key=lambda k: -k.us)))
+
+
+def _elapsed_us(run: Callable[[], object], runs: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(runs):
+        run()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end) / runs

@@ -260,14 +260,14 @@ def test_bitwise_rule_on_floats():
 @pytest.mark.parametrize("scale", [0.0, 0.5])
 def test_one_wrong_token_among_many_is_a_divergence(scale):
     """The last token zeroed or halved moves the whole tensor by less than its limit."""
-    a = torch.randn(900, 4, 16, generator=torch.Generator().manual_seed(0))
+    a = torch.randn(2000, 4, 16, generator=torch.Generator().manual_seed(0))
     b = a.clone()
     b[-1] *= scale
     rule = LIMITS.rule("layers.0.streams")
     result = compare_tensors("layers.0.streams", a, b, rule, "bfloat16")
     assert result.rel_rms < result.limit
     assert not result.ok
-    assert result.where["token"] == 899
+    assert result.where["token"] == 1999
     assert "token 899 alone is off by" in result.note
     near = a * (1 + 0.02 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1)))
     assert compare_tensors("layers.0.streams", a, near, rule, "bfloat16").ok

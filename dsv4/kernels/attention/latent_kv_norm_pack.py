@@ -24,7 +24,7 @@ REFERENCE = "dsv4.reference.paged_attention:latent_kv_norm_pack"
 CONFIG = {"num_warps": 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def latent_kv_norm_pack_kernel(
     x_ptr, q_norm_ptr, kv_norm_ptr, cos_ptr, sin_ptr, position_ptr, latent_ptr, kv_ptr, page_ptr,
     T, used, nbytes, eps, L: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BF16: tl.constexpr,

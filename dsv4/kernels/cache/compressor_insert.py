@@ -87,7 +87,7 @@ def insert_entries(
         i = completing(slot_ptr, position_ptr, first, i, T, RATIO, GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def compressor_insert_kernel(
     kappa_ptr, gamma_ptr, state_ptr, norm_ptr, cos_ptr, sin_ptr, pages_ptr, table_ptr,
     slot_ptr, position_ptr, first_row_ptr, first_position_ptr, pooled_ptr, counter_ptr, T,

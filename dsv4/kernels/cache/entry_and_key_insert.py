@@ -21,7 +21,7 @@ REFERENCE = "dsv4.reference.cache_writes:entry_and_key_insert"
 CONFIG = {"num_warps": compressor_insert.CONFIG["num_warps"]}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def entry_and_key_insert_kernel(
     kappa_ptr, gamma_ptr, state_ptr, norm_ptr, pages_ptr,
     index_kappa_ptr, index_gamma_ptr, index_state_ptr, index_norm_ptr, index_pages_ptr,

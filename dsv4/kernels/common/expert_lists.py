@@ -27,7 +27,7 @@ def load_bins(experts_ptr, at, N, first, NUM: tl.constexpr):
     return tl.where(at < N, tl.where((local >= 0) & (local < NUM), local, NUM), NUM + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def moe_align_count_kernel(
     experts_ptr, counts_ptr, N, first,
     NUM: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
@@ -39,7 +39,7 @@ def moe_align_count_kernel(
     tl.store(counts_ptr + c * BINS + tl.arange(0, BINS), tl.histogram(bins, BINS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def moe_align_scan_kernel(
     counts_ptr, num_chunks, BINS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -57,7 +57,7 @@ def moe_align_scan_kernel(
     tl.store(counts_ptr + num_chunks * BINS + b, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_chunks", "capacity"])
 def moe_align_kernel(
     experts_ptr, counts_ptr, rows_ptr, offsets_ptr, block_expert_ptr, block_start_ptr,
     num_blocks_ptr, N, first, num_chunks, block_size, capacity,

@@ -163,7 +163,7 @@ def finish_kernel(
         tl.store(partial_ptr + t * slabs * MP + m, a)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def maps_kernel(
     mixes_ptr, post_ptr, comb_ptr, T, stride, eps, ITERS: tl.constexpr, N: tl.constexpr,
     BLOCK_T: tl.constexpr, PDL: tl.constexpr,

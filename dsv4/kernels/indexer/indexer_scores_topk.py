@@ -277,7 +277,7 @@ def _store_scores(
         tl.store(scores_ptr + n * S + entry, score, entry < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def indexer_scores_topk_kernel(
     query_ptr, weights_ptr, slot_ptr, position_ptr, pages_ptr, table_ptr, scores_ptr,
     T, S, I, ratio, capacity, page_stride, table_stride,

@@ -45,7 +45,7 @@ def _store(
     tl.store(y_ptr + at, total, live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def joined_wide_linear_kernel(
     x_ptr, weight_ptr, bias_ptr, position_ptr, y_ptr, partial_ptr, counter_ptr, T, N, K, R,
     b1, b2, b3, b4, num_chunks,

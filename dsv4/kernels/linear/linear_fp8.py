@@ -58,7 +58,7 @@ def _load_scale(scale_ptr, row, block, num_blocks, live, IS_E8M0: tl.constexpr):
     return e8m0_value(raw.to(tl.int32)) if IS_E8M0 else raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def stage_tokens_kernel(
     x_ptr, staged_ptr, scale_ptr, M, columns, QUANT: tl.constexpr, BM: tl.constexpr
 ):
@@ -124,7 +124,7 @@ def _chunk_sum(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_per_group", "num_chunks"])
 def linear_fp8_kernel(
     x_ptr, x_scale_ptr, weight_ptr, scale_ptr, y_ptr, partial_ptr, counter_ptr, M, N, K,
     group_rows, tiles_per_group, chunk, num_chunks, x_stride,

@@ -61,7 +61,7 @@ def sum_chunks(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def wide_linear_kernel(
     x_ptr, weight_ptr, y_ptr, partial_ptr, counter_ptr, T, N, K, num_chunks,
     IS_SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,

@@ -14,7 +14,7 @@ REFERENCE = "dsv4.reference.mhc:hc_head_norm"
 CONFIG = {"PADDED": 16}  # columns of the tile of N products and the squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def hc_head_norm_kernel(
     x_ptr, fn_ptr, partial_ptr, T, D: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     BF16: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

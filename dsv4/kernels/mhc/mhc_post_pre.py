@@ -20,7 +20,7 @@ ROWS = N * (N + 2)
 CONFIG = {"PADDED": 32}  # columns of the tile of ROWS products and the squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def mhc_post_pre_kernel(
     o_ptr, x_ptr, post_ptr, comb_ptr, fn_ptr, streams_ptr, partial_ptr, T, D: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, BF16: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,

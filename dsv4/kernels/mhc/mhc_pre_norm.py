@@ -18,7 +18,7 @@ ROWS = N * (N + 2)
 CONFIG = {"PADDED": 32}  # columns of the tile of ROWS products and the squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def mhc_pre_norm_kernel(
     x_ptr, fn_ptr, partial_ptr, T, D: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     BF16: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

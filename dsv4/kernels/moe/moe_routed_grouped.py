@@ -50,7 +50,7 @@ MIN_BM = 16
 PERMUTE_ROWS, COMBINE = 16, 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def moe_routed_permute_kernel(x_ptr, out_ptr, T, D: tl.constexpr, ROWS: tl.constexpr):
     """Columns of the tokens in the order of `multiply_step`."""
     let_next_start()

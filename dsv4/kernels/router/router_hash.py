@@ -15,7 +15,7 @@ REFERENCE = "dsv4.reference.routing:router_hash"
 CONFIG = {"BLOCK_T": 16, "num_warps": 4, "enable_fp_fusion": True}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def router_hash_kernel(
     logits_ptr, tid2eid_ptr, token_ptr, ids_ptr, weights_ptr, T, V, scaling,
     E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,

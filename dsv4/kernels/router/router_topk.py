@@ -23,7 +23,7 @@ LARGEST = tl.constexpr(0x7FFFFFFF)
 LEAST = tl.constexpr(-0x80000000)  # of no number, as a NaN with these bits counts as LARGEST
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def router_topk_kernel(
     logits_ptr, bias_ptr, padding_ptr, ids_ptr, weights_ptr, T, scaling,
     E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
