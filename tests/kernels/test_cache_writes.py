@@ -385,8 +385,8 @@ def test_inserts_in_one_launch_equal_the_chain(
 
 
 def test_only_windows_of_one_kind_go_together() -> None:
-    entries = compressor_case(4, 128, 8, overlap=True)
-    index = compressor_case(4, 64, 8, overlap=False, keys="fp8")
+    entries = compressor_case(4, 128, 8, overlap=True).fresh(DEVICE)
+    index = compressor_case(4, 64, 8, overlap=False, keys="fp8").fresh(DEVICE)
     with pytest.raises(ValueError, match="index_kappa: expected width 128, .* got 64"):
         ops.entry_and_key_insert(**insert_both_args(entries, index, [(0, 0, 8)]))
 
