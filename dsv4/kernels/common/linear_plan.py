@@ -119,7 +119,9 @@ def tile_plan(
     """The tile for `T` tokens; chunks become programs where whole tiles would be too few."""
     tile = next(tile for most, tile in config.items() if most >= T)
     per_group, columns = triton.cdiv(N // groups, tile["BN"]), triton.cdiv(T, tile["BM"])
-    is_split = num_chunks > 1 and groups * per_group * columns < MIN_PROGRAMS
+    # Partial sums of large tiles are megabytes each: rather some idle SMs.
+    least = MIN_PROGRAMS if tile["BM"] <= 64 else MIN_PROGRAMS * 3 // 8
+    is_split = num_chunks > 1 and groups * per_group * columns < least
     grid = (groups * per_group, num_chunks if is_split else 1, columns)
     return TilePlan(tile, grid, per_group, is_split)
 
