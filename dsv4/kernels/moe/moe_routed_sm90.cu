@@ -17,7 +17,9 @@
 // ascending order, until every expert has written its part: the result does not depend on who came
 // when.
 //
-// It is launched while the kernel before it runs, and reads and writes nothing before that is done.
+// Blocks wait for each other, so all must run at once: it is launched when the kernels before it are
+// done. The kernel after it may start early. That one's blocks come after the last of these has
+// started, and so never hold what these need.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -30,6 +32,7 @@ constexpr int HIDDEN_ROWS = ROWS / 2, UP_UNITS = F / HIDDEN_ROWS, DOWN_UNITS = D
 constexpr int SCALE_WORDS = U * 128 / GROUP / 4;
 constexpr int ROW_LANES = 4 * U, ROWS_AT_ONCE = 8 / U;  // of one copy of a warp
 static_assert(U == 1 || U == 2 || U == 4, "a copy takes whole rows of a fragment");
+static_assert(TOKENS > 1 || MAX_PAIRS == K_EXPERTS, "one token is staged once");
 constexpr u32 CODE = 0x01C001C0, SIGN = 0x80008000;
 
 struct Params {

@@ -23,8 +23,7 @@ STAGED_BYTES = 96 << 10  # most shared memory for tokens
 CONFIG = {"U": 2, "STAGES": 3}
 # tokens up to -> columns of the tensor-core tile in use, warps of a block, blocks on an SM. Few
 # tokens of a step share an expert; where more do, its weights are read again from L2.
-PLANS = {1: (1, 4, 3), 8: (4, 4, 3), MAX_TOKENS: (8, 16, 1)}
-SM_SHARED, BLOCK_SHARED = 228 << 10, 1 << 10  # of an SM; what each block costs besides its own
+PLANS = {1: (1, 4, 4), 8: (4, 4, 3), MAX_TOKENS: (8, 16, 1)}
 
 
 def moe_routed_kernel(T: int, K: int, D: int, F: int, E: int, format: str) -> tuple:
@@ -47,16 +46,10 @@ def moe_routed_kernel(T: int, K: int, D: int, F: int, E: int, format: str) -> tu
 
 
 def shared_bytes(defines: dict[str, int]) -> int:
-    """Of the staged tokens and the rings; more if otherwise too many blocks fit on an SM.
-
-    The kernel starts while the one before it leaves one SM after the other: the first to be free
-    would fill up, and the last get nothing to do.
-    """
+    """Of the staged tokens and the rings."""
     stage = defines["U"] * (32 * 32 + 64 * 128 // defines["GROUP"])
     tokens = 2 * defines["TOKENS"] * max(defines["D"], defines["F"])
-    lists = 4 * (5 * defines["MAX_PAIRS"] + defines["E"] + 16)
-    share = SM_SHARED // defines["MIN_BLOCKS"] - BLOCK_SHARED - lists
-    return max(tokens + defines["WARPS"] * defines["STAGES"] * stage, share // 128 * 128)
+    return tokens + defines["WARPS"] * defines["STAGES"] * stage
 
 
 def launch(
@@ -84,10 +77,11 @@ def launch(
     y, hidden, partial = out
     threads = 32 * dict(source.defines)["WARPS"]
     units = min(T * K, E) * max(F // 8, D // 16) * 32 // threads
+    # Started when all before it is done: its blocks wait for each other, so all of them must fit on
+    # the device, which `resident_blocks` knows of an empty one.
     kernel.launch(
         min(kernel.resident_blocks(threads), units), threads, x, ids, routing, w1, s1, w3, s3,
         w2, s2, g1, g3, g2, shared, y, hidden, partial, counters, T, first_expert, float(limit),
-        overlaps=True,
     )  # fmt: skip
 
 
