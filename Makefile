@@ -7,7 +7,7 @@ TORCH_CPU := torch==2.13.0
 # On shared cores more threads are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test gates oracle stress aot lint format gpu sanitize bench clean
+.PHONY: demo test gates oracle stress aot lint format gpu sanitize bench bench-gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/dsv4 generate nano -p "The capital of France is" -n 8 --stop "." --expect Paris
@@ -64,6 +64,14 @@ endif
 # Every kernel under compute-sanitizer, about five minutes; the environment of `make gpu`.
 sanitize:
 	PYTHONPATH=. $(PYTHON) tools/sanitize.py
+
+# Every kernel on a CUDA device, in an environment that has torch: rows into build/rows.jsonl, from
+# which tools/merge_rows.py makes baselines.
+bench-gpu:
+	@mkdir -p build
+	@for family in cache embedding norm quant mhc router sampling linear moe attention indexer step; do \
+	  $(PYTHON) -m benchmarks.kernels.bench_$$family --json build/rows.jsonl || exit 1; \
+	done
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/nano_cpu.py
