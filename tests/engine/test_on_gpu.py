@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dsv4.nano
+from dsv4.cache.request import Step
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
-from dsv4.engine.stepper import Stepper
+from dsv4.engine.stepper import DECODE_SIZES, Stepper
 from dsv4.engine.warm_up import prompts
 from dsv4.loader import Checkpoint
 from dsv4.text.tokenizer import Tokenizer
+from support.decode_digest import digest
 
 pytestmark = pytest.mark.gpu
 LIMITS = EngineLimits(max_context=2048, max_requests=8, max_rows=512)
@@ -55,6 +62,41 @@ def test_graphs_equal_eager_steps() -> None:
     graphs = answers(Engine(model()), work)
     eager = model()
     assert graphs == answers(Engine(eager, Stepper(eager, use_graphs=False)), work)
+
+
+def test_graphs_of_every_size_equal_eager_steps() -> None:
+    """100 requests of different lengths and up to 200 tokens: batches of 64 down to 1."""
+    rng, used = random.Random(1), set()
+    limits = EngineLimits(max_context=512, max_requests=64, max_rows=512)
+    params = [
+        SamplingParams(temperature=t, seed=i, max_tokens=rng.randint(20, 200))
+        for i, t in enumerate([0.0, 1.0] * 50)
+    ]
+    work = [([rng.randrange(4096) for _ in range(rng.randint(1, 200))], p) for p in params]
+    found = []
+    for use_graphs in (True, False):
+        own = model(limits)
+        stepper = Stepper(own, use_graphs=use_graphs)
+        run = stepper.run_decode
+
+        def watched(step: Step, is_filtered: bool, run: Any = run) -> torch.Tensor:
+            used.add(len(step.rows.slot))
+            return run(step, is_filtered)
+
+        stepper.run_decode = watched
+        found.append(answers(Engine(own, stepper), work))
+    assert found[0] == found[1]
+    assert used == set(DECODE_SIZES)
+
+
+def test_kernels_that_overlap_have_the_bits_of_kernels_that_do_not() -> None:
+    """What a kernel read before the one in front of it had written would differ here."""
+    tests = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    env = os.environ | {"CUDA_LAUNCH_BLOCKING": "1", "PYTHONPATH": path}
+    call = [sys.executable, "-m", "support.decode_digest"]
+    alone = subprocess.run(call, env=env, check=True, capture_output=True, text=True)
+    assert alone.stdout.strip() == digest()
 
 
 def test_alone_or_among_others() -> None:
