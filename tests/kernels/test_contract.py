@@ -2,7 +2,6 @@
 
 import inspect
 import pkgutil
-import re
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -58,24 +57,6 @@ def test_one_name_and_its_parts(kernel: ModuleType) -> None:
     assert hasattr(kernel, f"{name}_kernel")
     assert Path(str(kernel.__file__)).stem.startswith(name)
     assert kernel.__doc__
-
-
-def overlapping() -> list[tuple[str, str]]:
-    """Module and name of every Triton function that is launched before the one ahead is done."""
-    found = []
-    for module in MODULES:
-        text = inspect.getsource(module)
-        if "common.pdl import PDL" in text:
-            found += [(module.__name__, name) for name in re.findall(r"(\w+_kernel)\[", text)]
-    return found
-
-
-@pytest.mark.parametrize(("module", "name"), overlapping())
-def test_a_kernel_that_starts_early_waits_before_it_writes(module: str, name: str) -> None:
-    text = inspect.getsource(getattr(import_module(module), name).fn)
-    assert "let_next_start()" in text
-    writes = [text.find(f"tl.{word}") for word in ("store", "atomic")]
-    assert 0 < text.find("wait_for_previous()") < min((i for i in writes if i >= 0), default=10**9)
 
 
 def test_select_takes_the_first_that_fits_or_names_every_reason() -> None:

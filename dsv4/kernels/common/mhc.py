@@ -14,7 +14,7 @@ from torch import Tensor
 from dsv4.core.checks import check_tensors
 from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.checks import check_float, check_int
-from dsv4.kernels.common.launch import INTERPRETED
+from dsv4.kernels.common.pdl import PDL
 from dsv4.kernels.common.rows import HARDWARE, cast, fp8_rows, rounded
 
 N = 4  # streams; the model has no other value
@@ -22,8 +22,6 @@ GROUP = 128  # of the FP8 copy
 BLOCK_T, BLOCK_D = 16, 64
 MAPS_T = 32  # tokens of a warp that runs Sinkhorn
 HIGH = tl.constexpr(-65536)  # the upper 16 bits of FP32
-# The second launch starts while the first ends, and waits for it where it reads.
-PDL = {} if INTERPRETED else {"launch_pdl": True}
 FUSED = {"enable_fp_fusion": True}
 
 

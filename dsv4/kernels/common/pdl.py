@@ -1,13 +1,18 @@
 """Programmatic dependent launch: a kernel starts while the ones before it still run.
 
-Every kernel of a decode step is launched with `PDL` and says two things. `let_next_start`, first of
-all, so that the kernel after it is set up meanwhile and asks for its weights. `wait_for_previous`,
-in every program, also in one that returns early: it returns when the kernel before is done, and as
-that one has waited too, when all before it are. Ahead of it a kernel may read what no kernel of a
-step writes, which is weights, and may write nothing. Loads of anything else must not take the
-read-only path (`ld.global.nc`, `__ldg`): others write it within the life of the kernel.
+A kernel launched with `PDL` says two things. `let_next_start`, first of all, so that the kernel
+after it is set up meanwhile and asks for its weights. `wait_for_previous`, in every program, also
+in one that returns early: it returns when the kernel before is done, and as that one has waited
+too, when all before it are. Ahead of it a kernel may read what no kernel of a step writes, which is
+weights, and may write nothing. Loads of anything else must not take the read-only path
+(`ld.global.nc`, `__ldg`): others write it within the life of the kernel.
 
-A kernel of another library knows nothing of this: it starts when all before it are done.
+One exception: `indexer_query_kernel` waits before it lets the next start, so `indexer_scores_topk`
+may ahead of its own wait also read what was written before the queries: keys, tables, positions.
+
+A kernel launched normally starts when all before it are done, so it need not wait. The Triton
+kernels of the slabs of mHC are, and let the next start; those of torch do neither.
+tests/kernels/test_overlap.py holds all this for Triton, tools/aot.py the wait for CUDA C++.
 """
 
 import triton
