@@ -12,7 +12,6 @@ from dsv4.cli.model import PUBLISHED, check_device, device_name, model_config, m
 from dsv4.cli.terminal import Terminal, gib
 from dsv4.cli.tier2 import add_fusion_argument, split_fusions
 from dsv4.core.errors import DeviceUnavailable, RequestError
-from dsv4.core.inventory import of_trunk
 
 if TYPE_CHECKING:
     from dsv4.core.config import ModelConfig
@@ -182,7 +181,7 @@ def _build(args: Namespace, terminal: Terminal) -> ProductionModel:
     checkpoint = Checkpoint.open(model_folder(args.model))
     config = checkpoint.config
     with terminal.progress("loading") as progress:
-        stored = checkpoint.stream(progress, keep=of_trunk)
+        stored = checkpoint.stream(progress, keep=lambda name: not name.startswith("mtp."))
         return ProductionModel(config, stored, args.device, _limits(args, config), unfused=unfused)
 
 

@@ -6,7 +6,6 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from dsv4.core.errors import DeviceUnavailable, RequestError
-from dsv4.core.inventory import of_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,7 +61,7 @@ def check_production(args: Namespace) -> None:
 
 def load_production(args: Namespace, checkpoint: Checkpoint, progress: Any) -> SingleSequence:
     """Copy the checkpoint to the device, tensor by tensor, and allocate the cache."""
-    stored = checkpoint.stream(progress, keep=of_trunk)
+    stored = checkpoint.stream(progress, keep=lambda name: not name.startswith("mtp."))
     return _production(args, checkpoint.config, stored)
 
 

@@ -14,7 +14,6 @@ import torch
 
 import dsv4.nano
 from dsv4.cache.request import Step
-from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
@@ -33,7 +32,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 def model(limits: EngineLimits = LIMITS) -> ProductionModel:
     checkpoint = Checkpoint.open(dsv4.nano.path())
-    stored = checkpoint.stream(keep=of_trunk)
+    stored = checkpoint.stream(keep=lambda name: not name.startswith("mtp."))
     return ProductionModel(checkpoint.config, stored, "cuda", limits)
 
 
