@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,18 +100,12 @@ def _row(
     op: str, shape: dict[str, Any], us: float, tps: float, model: ProductionModel,
     gbps: float = 0.0, roof: float | None = None,
 ) -> Row:  # fmt: skip
-    import torch
+    from dsv4.testing.bench import about
 
-    from dsv4.testing.bench import commit
-
-    on_gpu = model.device.type == "cuda"
     return {
         "op": op, "shape": shape, "us": round(us, 1), "gbps": round(gbps, 1), "tflops": 0.0,
         "roof": None if roof is None else round(roof, 4), "l2": "cold", "baseline": None,
-        "baseline_us": None, "tps": round(tps, 1),
-        "gpu": torch.cuda.get_device_name(model.device) if on_gpu else "none",
-        "torch": torch.__version__, "triton": _version("triton"), "commit": commit(),
-        "date": date.today().isoformat(),
+        "baseline_us": None, "tps": round(tps, 1), **about(model.device),
     }  # fmt: skip
 
 
@@ -137,10 +129,3 @@ def _milliseconds(times: Percentiles | None) -> dict[str, float] | None:
     if times is None:
         return None
     return {name: round(1e3 * seconds, 2) for name, seconds in asdict(times).items()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache, partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -196,6 +196,22 @@ def _sweep() -> tuple[Call, float]:
     return sweep, _replay_us([sweep], LAUNCHES)
 
 
+def about(device: torch.device) -> dict[str, str]:
+    """What a row says of the machine and the code it was measured with."""
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "torch": torch.__version__, "triton": _version("triton"), "commit": commit(),
+        "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
 def measure(case: Case, peak_gbps: float, peak_tflops: float) -> list[Row]:
     """The cold and the warm row of a case."""
     times = {"cold": cold_us(case.calls, case.nbytes), "warm": warm_us(case.calls)}
@@ -204,10 +220,7 @@ def measure(case: Case, peak_gbps: float, peak_tflops: float) -> list[Row]:
         base["cold"] = cold_us(case.baseline_calls, case.nbytes)
         base["warm"] = warm_us(case.baseline_calls)
     is_latency = case.nbytes / peak_gbps / 1e3 < LATENCY_US
-    about = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": version("triton"), "commit": commit(), "date": date.today().isoformat(),
-    }  # fmt: skip
+    of_run = about(torch.device("cuda"))
     rows = []
     for l2, us in times.items():
         gbps = case.nbytes / us / 1e3
@@ -218,7 +231,7 @@ def measure(case: Case, peak_gbps: float, peak_tflops: float) -> list[Row]:
         else:
             roof = None if is_latency or l2 == "warm" else gbps / peak_gbps
         key = case.op, case.shape, us, gbps, tflops, roof, l2
-        rows.append(Row(*key, case.baseline, base[l2], **about))
+        rows.append(Row(*key, case.baseline, base[l2], **of_run))
     return rows
 
 

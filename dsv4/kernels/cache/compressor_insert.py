@@ -148,12 +148,18 @@ def check(
 def constants(T: int, C: int, R: int, ratio: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     """What the device function is compiled for."""
     parts, part = parts_of(C, ratio, width)
-    is_overlap = width == 2 * C
+    return window_constants(T, R, ratio, width == 2 * C, dtype) | {
+        "C": C, "BLOCK_C": triton.next_power_of_2(C), "PARTS": parts, "PART_C": part,
+    }  # fmt: skip
+
+
+def window_constants(
+    T: int, R: int, ratio: int, is_overlap: bool, dtype: torch.dtype
+) -> dict[str, int]:
+    """Those of them that hold for index keys too."""
     return {
-        "C": C, "R": R, "RATIO": ratio, "OVERLAP": is_overlap, "BF16": dtype is torch.bfloat16,
-        "BLOCK_C": triton.next_power_of_2(C),
-        "BLOCK_ROWS": triton.next_power_of_2(ratio * (1 + is_overlap)), "PARTS": parts,
-        "PART_C": part,
+        "R": R, "RATIO": ratio, "OVERLAP": is_overlap, "BF16": dtype is torch.bfloat16,
+        "BLOCK_ROWS": triton.next_power_of_2(ratio * (1 + is_overlap)),
         "GROUP": 1 if CONFIG["DECODE"] >= T else triton.next_power_of_2(ratio),
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ from dsv4.kernels.common.vectors import hadamard, rms_norm, rope
 
 REFERENCE = "dsv4.reference.cache_writes:index_key_insert"
 # Those of compressor_insert: in one launch with it the sums take the same order.
-CONFIG = {name: compressor_insert.CONFIG[name] for name in ("DECODE", "num_warps")}
+CONFIG = {"num_warps": compressor_insert.CONFIG["num_warps"]}
 
 
 @triton.jit
@@ -99,12 +99,8 @@ def constants(
     is_rotated: bool,
 ) -> dict[str, int | float]:  # fmt: skip
     """What the device function is compiled for."""
-    is_overlap = width == 2 * J
-    return {
-        "J": J, "R": R, "RATIO": ratio, "OVERLAP": is_overlap, "BF16": dtype is torch.bfloat16,
-        "MXFP4": keys == "mxfp4", "HADAMARD": is_rotated, "SCALE": J**-0.5,
-        "BLOCK_ROWS": triton.next_power_of_2(ratio * (1 + is_overlap)),
-        "GROUP": 1 if CONFIG["DECODE"] >= T else triton.next_power_of_2(ratio),
+    return compressor_insert.window_constants(T, R, ratio, width == 2 * J, dtype) | {
+        "J": J, "MXFP4": keys == "mxfp4", "HADAMARD": is_rotated, "SCALE": J**-0.5,
     }  # fmt: skip
 
 

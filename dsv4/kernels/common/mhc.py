@@ -14,7 +14,7 @@ from torch import Tensor
 from dsv4.core.checks import check_tensors
 from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.checks import check_float, check_int
-from dsv4.kernels.common.pdl import PDL
+from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import HARDWARE, cast, fp8_rows, rounded
 
 N = 4  # streams; the model has no other value
@@ -137,19 +137,17 @@ def finish_kernel(
     x_ptr, partial_ptr, scale_ptr, base_ptr, norm_ptr, y_ptr, value_ptr, fp8_scale_ptr, norm_eps,
     eps, D: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BF16: tl.constexpr,
     QUANTISE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """One token: complete sums, collapse and norm. The scaled mixes replace its first sums."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start()
     t = tl.program_id(0).to(tl.int64)
     m = tl.arange(0, MP)
     is_row = m < M
     # Gains of pre, post and comb; the head has one.
     gain = tl.load(scale_ptr + tl.minimum(m // N, 2) * (M > N), is_row, 0.0)
     base = tl.load(base_ptr + m, is_row, 0.0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous()
     a = mixes_of(partial_ptr, t, norm_eps, D, M, MP, N, BLOCK_D, BLOCK_S) * gain + base
     pre = sigmoid(a) + eps
     store_collapsed(
@@ -164,11 +162,10 @@ def finish_kernel(
 @triton.jit(do_not_specialize=["T"])
 def maps_kernel(
     mixes_ptr, post_ptr, comb_ptr, T, stride, eps, ITERS: tl.constexpr, N: tl.constexpr,
-    BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """post and comb of mhc_split_sinkhorn from scaled mixes. A lane has a token: no shuffles."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous()
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     n, t_1T, live = tl.arange(0, N), t[None, :], (t < T)[None, :]
     c = tl.load(mixes_ptr + t_1T * stride + N + n[:, None], live, 0.0)
@@ -189,7 +186,7 @@ def project(kernel: Any, T: int, D: int, rows: int, padded: int, *args: Any, bf1
     grid = triton.cdiv(T, BLOCK_T), triton.cdiv(D, BLOCK_D)
     kernel[grid](
         *args, T, D=D, M=rows, MP=padded, BF16=bf16, N=N, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
-        PDL=bool(PDL), num_warps=4, **FUSED,
+        num_warps=4, **FUSED,
     )  # fmt: skip
 
 
@@ -206,14 +203,14 @@ def finish(
         M=base.shape[0], MP=partial.shape[2], BF16=streams.dtype is torch.bfloat16,
         QUANTISE=quantise, N=N, GROUP=GROUP, BLOCK_D=BLOCK_D,
         BLOCK_S=triton.next_power_of_2(partial.shape[1]),
-        BLOCK_G=triton.next_power_of_2(triton.cdiv(D, GROUP)), PDL=bool(PDL), num_warps=8,
+        BLOCK_G=triton.next_power_of_2(triton.cdiv(D, GROUP)), num_warps=8,
         **PDL, **FUSED,
     )  # fmt: skip
     if post is None:
         return
     maps_kernel[(triton.cdiv(T, MAPS_T),)](
         partial, post, comb, T, partial.shape[1] * partial.shape[2], eps, ITERS=iters, N=N,
-        BLOCK_T=MAPS_T, PDL=bool(PDL), num_warps=1, **PDL, **FUSED,
+        BLOCK_T=MAPS_T, num_warps=1, **PDL, **FUSED,
     )  # fmt: skip
 
 

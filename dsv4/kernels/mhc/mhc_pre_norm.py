@@ -12,6 +12,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common import mhc
 from dsv4.kernels.common.launch import INTERPRETED
 from dsv4.kernels.common.mhc import N, project_slab
+from dsv4.kernels.common.pdl import let_next_start
 
 REFERENCE = "dsv4.reference.mhc:mhc_pre_norm"
 ROWS = N * (N + 2)
@@ -22,10 +23,8 @@ CONFIG = {"PADDED": 32}  # columns of the tile of ROWS products and the squares
 def mhc_pre_norm_kernel(
     x_ptr, fn_ptr, partial_ptr, T, D: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     BF16: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start()
     project_slab(
         x_ptr, x_ptr, x_ptr, x_ptr, fn_ptr, x_ptr, partial_ptr, T, D, M, MP, BF16, False, N,
         BLOCK_T, BLOCK_D,
