@@ -84,8 +84,8 @@ class Moe:
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, D] after the block's norm -> [T, D]
 
-        The shared expert goes first: its weights come while the norm before it runs, and the
-        routed experts, which take all of the device, are set up behind the small router.
+        The shared expert goes first: its weights come while the norm before it runs. The routed
+        experts start only when all kernels before them are done (kernels.moe.moe_routed_sm90).
         """
         e, shared = self.experts, self.shared(x)
         ids, weights = self.router(x, batch)
