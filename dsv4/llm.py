@@ -9,6 +9,7 @@ from types import TracebackType
 
 import dsv4.nano
 from dsv4.core.errors import RequestError, printable
+from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
@@ -100,7 +101,7 @@ class LLM:
         limits = EngineLimits(
             max_context, max_requests, max_tokens, max(max_requests, DEFAULT_MAX_ROWS), prefix_bytes
         )
-        stored = checkpoint.stream(progress, lambda n: drafts or not n.startswith("mtp."))
+        stored = checkpoint.stream(progress, None if drafts else of_trunk)
         runner = ProductionModel(self.config, stored, device, limits, with_mtp=drafts)
         stepper = DraftingStepper(runner) if drafts else Stepper(runner)
         self._engine: Engine | None = Engine(runner, stepper, stop_ids(folder, self.config))

@@ -27,6 +27,7 @@ from drafts import shuffled_gates
 from gate_measures import FILLER
 
 from dsv4.cli.model import model_folder
+from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = model_folder(args.model)
     checkpoint, tokenizer = Checkpoint.open(folder), Tokenizer.open(folder)
-    stored = checkpoint.stream(keep=lambda name: not name.startswith("mtp."))
+    stored = checkpoint.stream(keep=of_trunk)
     model = ProductionModel(checkpoint.config, stored, args.device, LIMITS)
     dtype = getattr(torch, args.dtype)
     reference = ReferenceModel(checkpoint.config, checkpoint.load(), dtype, device=args.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv4.cache.manager import CacheManager
 from dsv4.cache.request import CachedRequest
 from dsv4.core.config import LayerKind
+from dsv4.core.inventory import of_trunk
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
 from dsv4.layers import attention, indexer
@@ -41,7 +42,7 @@ class ProductionGatesModel:
     """Tier 2 with the interface of tiers 0 and 1; logits come back to the CPU."""
 
     def __init__(self, checkpoint: Checkpoint, args: Namespace) -> None:
-        stored = checkpoint.stream(keep=lambda name: not name.startswith("mtp."))
+        stored = checkpoint.stream(keep=of_trunk)
         limits = EngineLimits(CONTEXT, REQUESTS)
         self.config = checkpoint.config
         self.model = ProductionModel(checkpoint.config, stored, args.device, limits)

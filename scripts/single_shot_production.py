@@ -15,6 +15,7 @@ import torch
 
 import dsv4.nano
 from dsv4.cli.model import config_hash
+from dsv4.core.inventory import of_trunk
 from dsv4.core.taps import capture
 from dsv4.diff.dump import DumpInfo, write_dump
 from dsv4.engine.model import EngineLimits, ProductionModel
@@ -38,7 +39,7 @@ checkpoint = Checkpoint.open(folder)
 tokenizer = Tokenizer.open(folder)
 ids = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
 limits = EngineLimits(max_context=len(ids) + args.max_tokens, max_rows=len(ids))
-stored = checkpoint.stream(keep=lambda name: not name.startswith("mtp."))
+stored = checkpoint.stream(keep=of_trunk)
 model = ProductionModel(checkpoint.config, stored, args.device, limits)
 print(f"loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 

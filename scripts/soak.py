@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dsv4.cli.model import model_folder
+from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
@@ -152,9 +153,8 @@ def device_bytes(device: torch.device) -> int:
 
 def build(model: str, device: str, drafts: bool) -> Engine:
     """An engine with a page a request and few more."""
-    folder = model_folder(model)
-    checkpoint = Checkpoint.open(folder)
-    stored = checkpoint.stream(keep=lambda name: drafts or not name.startswith("mtp."))
+    checkpoint = Checkpoint.open(folder := model_folder(model))
+    stored = checkpoint.stream(keep=None if drafts else of_trunk)
     requests = WITH_DRAFTS if drafts else AT_ONCE
     limits = EngineLimits(512, requests, max_tokens=256, prefix_bytes=1 << 26)
     runner = ProductionModel(checkpoint.config, stored, device, limits, with_mtp=drafts)

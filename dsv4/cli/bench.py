@@ -167,6 +167,7 @@ def _span(text: str) -> tuple[int, int]:
 
 
 def _build(args: Namespace, terminal: Terminal) -> ProductionModel:
+    from dsv4.core.inventory import of_trunk
     from dsv4.engine.model import ProductionModel
     from dsv4.engine.synthetic import sliced_config, synthetic_tensors
     from dsv4.loader import Checkpoint
@@ -181,7 +182,7 @@ def _build(args: Namespace, terminal: Terminal) -> ProductionModel:
     checkpoint = Checkpoint.open(model_folder(args.model))
     config = checkpoint.config
     with terminal.progress("loading") as progress:
-        stored = checkpoint.stream(progress, keep=lambda name: not name.startswith("mtp."))
+        stored = checkpoint.stream(progress, keep=of_trunk)
         return ProductionModel(config, stored, args.device, _limits(args, config), unfused=unfused)
 
 

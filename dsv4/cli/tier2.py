@@ -61,7 +61,9 @@ def check_production(args: Namespace) -> None:
 
 def load_production(args: Namespace, checkpoint: Checkpoint, progress: Any) -> SingleSequence:
     """Copy the checkpoint to the device, tensor by tensor, and allocate the cache."""
-    stored = checkpoint.stream(progress, keep=lambda name: not name.startswith("mtp."))
+    from dsv4.core.inventory import of_trunk
+
+    stored = checkpoint.stream(progress, keep=of_trunk)
     return _production(args, checkpoint.config, stored)
 
 

@@ -46,6 +46,11 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     return {s.name: s for s in specs}
 
 
+def of_trunk(name: str) -> bool:
+    """Whether a tensor or parameter belongs to the trunk, not to an MTP block."""
+    return not name.startswith("mtp.")
+
+
 def routed_expert_format(config: ModelConfig, prefix: str) -> BlockScaledFormat | None:
     """Format of the routed experts under `prefix`; MTP experts of an NVFP4 file stay MXFP4."""
     if config.expert_format == "nvfp4":

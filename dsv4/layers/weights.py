@@ -11,7 +11,7 @@ from torch import Tensor
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import CheckpointError, ConfigError
 from dsv4.core.formats import FORMATS, FP8_BLOCK128, BlockScaledTensor
-from dsv4.core.inventory import TensorSpec, routed_expert_format, tensor_specs
+from dsv4.core.inventory import TensorSpec, of_trunk, routed_expert_format, tensor_specs
 from dsv4.ops.moe import check_expert_scales
 
 EXPERT_MATRICES = ("w1", "w3", "w2")  # the order of their global scales
@@ -119,10 +119,10 @@ class DeviceWeights:
         check_served(config)
         specs = tensor_specs(config)
         if not with_mtp:
-            specs = {name: s for name, s in specs.items() if not _is_mtp(name)}
+            specs = {name: s for name, s in specs.items() if of_trunk(name)}
         weights = cls(config, torch.device(device), specs, _missing=set(specs))
         for name, x in stored:
-            if with_mtp or not _is_mtp(name):
+            if with_mtp or of_trunk(name):
                 weights._put(name, x)
         if weights._missing:
             name = min(weights._missing)
@@ -159,10 +159,6 @@ class DeviceWeights:
         """Bytes on the device."""
         plain = sum(x.nbytes for x in self._tensors.values())
         return plain + sum(stack.nbytes for stack in self._experts.values())
-
-
-def _is_mtp(name: str) -> bool:
-    return name.startswith("mtp.")
 
 
 def check_served(config: ModelConfig) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import dsv4.nano
 from dsv4.cache.request import Step
+from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
@@ -32,7 +33,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 def model(limits: EngineLimits = LIMITS) -> ProductionModel:
     checkpoint = Checkpoint.open(dsv4.nano.path())
-    stored = checkpoint.stream(keep=lambda name: not name.startswith("mtp."))
+    stored = checkpoint.stream(keep=of_trunk)
     return ProductionModel(checkpoint.config, stored, "cuda", limits)
 
 

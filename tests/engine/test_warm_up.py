@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dsv4.nano
+from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
@@ -26,7 +27,7 @@ def nano(device: str = "cpu", with_mtp: bool = False, **fields: int) -> Producti
     limits = EngineLimits(**{"max_context": 4096, "max_requests": 16} | fields)
     return ProductionModel(
         checkpoint.config,
-        checkpoint.stream(keep=lambda name: with_mtp or not name.startswith("mtp.")),
+        checkpoint.stream(keep=None if with_mtp else of_trunk),
         device, limits, with_mtp=with_mtp,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import hashlib
 import torch
 
 import dsv4.nano
+from dsv4.core.inventory import of_trunk
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
 from dsv4.loader import Checkpoint
@@ -21,7 +22,7 @@ PROMPT, STEPS = 300, 24
 def digest(device: str = "cuda", prompt: int = PROMPT, steps: int = STEPS) -> str:
     """SHA-256 of the logits of nano after `prompt` ids and after each of `steps` greedy ones."""
     checkpoint = Checkpoint.open(dsv4.nano.path())
-    stored = checkpoint.stream(keep=lambda name: not name.startswith("mtp."))
+    stored = checkpoint.stream(keep=of_trunk)
     limits = EngineLimits(max_context=prompt + steps, max_rows=prompt)
     one = SingleSequence(ProductionModel(checkpoint.config, stored, device, limits))
     cache, total = one.new_cache(), hashlib.sha256()
