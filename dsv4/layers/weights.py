@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import CheckpointError, ConfigError
+from dsv4.core.expert_tiles import COLUMNS, ROWS, to_tiles
 from dsv4.core.formats import FORMATS, FP8_BLOCK128, BlockScaledTensor
 from dsv4.core.inventory import TensorSpec, of_trunk, routed_expert_format, tensor_specs
 from dsv4.ops.moe import check_expert_scales
@@ -20,10 +21,10 @@ _SCALES = ("scale", "weight_scale")
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """The routed experts of one layer, nothing repacked.
+    """The routed experts of one layer in tiles (core.expert_tiles), every byte as stored.
 
-    codes   w1, w3, w2 -> [E, N, K / 2] uint8
-    scales  w1, w3, w2 -> [E, N, K / group] uint8
+    codes   w1, w3, w2 -> [E, N / 8, K / 128, 8, 64] uint8
+    scales  w1, w3, w2 -> [E, N / 8, K / 128, 8, 128 / group] uint8
     global_scale  [3, E] FP32 of w1, w3, w2 (NVFP4), or None
     format  "mxfp4" or "nvfp4"
     """
@@ -41,24 +42,30 @@ class ExpertStack:
         E, D, F = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         shapes: dict[str, tuple[int, int]] = {"w1": (F, D), "w3": (F, D), "w2": (D, F)}
 
-        def room(shape: tuple[int, int]) -> Tensor:
-            return torch.empty(E, *shape, dtype=torch.uint8, device=device)
+        def room(N: int, K: int, size: int) -> Tensor:
+            tiles = N // ROWS, K // COLUMNS, ROWS, size
+            return torch.empty(E, *tiles, dtype=torch.uint8, device=device)
 
-        codes = {name: room(fmt.payload_shape(shape)) for name, shape in shapes.items()}
-        scales = {name: room(fmt.scale_shape(shape)) for name, shape in shapes.items()}
+        codes = {name: room(*shape, COLUMNS // 2) for name, shape in shapes.items()}
+        scales = {name: room(*shape, COLUMNS // fmt.block[1]) for name, shape in shapes.items()}
         shared = torch.empty(3, E, device=device) if fmt.has_global else None
         return cls(codes, scales, shared, fmt.name)
 
     def put(self, expert: int, matrix: str, part: str, x: Tensor) -> None:
         """Take one stored tensor of one expert; `part` is the last word of its name."""
         if part == "weight":
-            self.codes[matrix][expert].copy_(x.view(torch.uint8))
+            self._put_tiles(self.codes[matrix][expert], x)
         elif part in _SCALES:
-            self.scales[matrix][expert].copy_(x.view(torch.uint8))
+            self._put_tiles(self.scales[matrix][expert], x)
         elif part == "weight_scale_2":
             assert self.global_scale is not None
             self.global_scale[EXPERT_MATRICES.index(matrix), expert] = x
         # input_scale: activations stay BF16, so there is nothing to scale
+
+    @staticmethod
+    def _put_tiles(to: Tensor, x: Tensor) -> None:
+        on_device = x.view(torch.uint8).to(to.device)  # in one piece; the order changes there
+        to.copy_(to_tiles(on_device, to.shape[1] * COLUMNS))
 
     @property
     def nbytes(self) -> int:

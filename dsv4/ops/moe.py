@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4.core.dispatch import select
+from dsv4.core.expert_tiles import to_tiles
 from dsv4.core.formats import BlockScaledTensor
 from dsv4.core.op import dsv4_op
 from dsv4.kernels.moe import moe_routed as portable
@@ -60,17 +61,20 @@ def moe_routed_w4a8(
 
 
 def stack_experts(weights: Sequence[BlockScaledTensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One matrix of every expert as the ops take it: nothing is repacked, only stacked.
+    """One matrix of every expert as the ops take it: in tiles, and stacked.
 
-    -> codes [E, N, K / 2] uint8, scales [E, N, K / group] uint8, global scales [E] FP32 or None.
-    Expert e is codes[e], scales[e] again. Raises ValueError for MXFP4 scales that the kernels do
-    not decode exactly, outside 2^-64 .. 2^65; no trained weight comes near them.
+    -> codes [E, N / 8, K / 128, 8, 64] uint8, scales [E, N / 8, K / 128, 8, 128 / group] uint8,
+       global scales [E] FP32 or None
+    `core.expert_tiles.from_tiles` of codes[e] and scales[e] is expert e again. Raises ValueError
+    for MXFP4 scales that the kernels do not decode exactly, outside 2^-64 .. 2^65; no trained
+    weight comes near them.
     """
     first = weights[0]
     if first.format.name not in portable.GROUPS:
         raise ValueError(f"weights: expected mxfp4 or nvfp4, got {first.format.name}")
-    codes = torch.stack([w.data.view(torch.uint8) for w in weights])
-    scales = torch.stack([w.scale.view(torch.uint8) for w in weights])
+    columns = first.shape[1]
+    codes = torch.stack([to_tiles(w.data.view(torch.uint8), columns) for w in weights])
+    scales = torch.stack([to_tiles(w.scale.view(torch.uint8), columns) for w in weights])
     if first.format.has_global:
         parts = [w.global_scale for w in weights if w.global_scale is not None]
         return codes, scales, torch.stack([p.reshape(()) for p in parts])
@@ -79,7 +83,7 @@ def stack_experts(weights: Sequence[BlockScaledTensor]) -> tuple[Tensor, Tensor,
 
 
 def check_expert_scales(scales: Tensor) -> None:
-    """Raises ValueError for MXFP4 scale bytes [E, N, K / 32] that the kernels decode wrongly."""
+    """Raises ValueError for bytes of MXFP4 scales that the kernels decode wrongly."""
     low, high = int(scales.min()), int(scales.max())
     if low < 63 or high > 192:
         raise ValueError(f"weights: expected scale bytes from 63 to 192, got {low} to {high}")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv4.core.expert_tiles import from_tiles
 from dsv4.core.formats import FORMATS, BlockScaledTensor
 from dsv4.reference.linear import linear
 from dsv4.reference.precision import wide
@@ -76,7 +77,7 @@ def moe_routed(
     w2: Tensor, s2: Tensor, global_scale: Tensor | None, shared: Tensor | None, limit: float,
     first_expert: int, format: str,
 ) -> Tensor:  # fmt: skip
-    """The routed experts on weights as stored, plus what the shared expert gave.
+    """The routed experts on weights in tiles of the stored bytes, plus what the shared expert gave.
 
     x is read as it is (W4A16).
 
@@ -84,14 +85,15 @@ def moe_routed(
     ids     [T, K] int32; those outside first_expert .. first_expert + E - 1 belong to others
             (another device's experts, or a padding row) and count nothing
     routing [T, K] FP32
-    w1, w3  [E, F, D / 2] uint8 nibbles of gate and up, s1, s3 their scales as bytes
-    w2, s2  [E, D, F / 2] of down, and its scales
+    w1, w3  [E, F / 8, D / 128, 8, 64] uint8 nibbles of gate and up, `core.expert_tiles.to_tiles` of
+            [E, F, D / 2]; s1, s3 [E, F / 8, D / 128, 8, 128 / group] their scales as bytes
+    w2, s2  [E, D / 8, F / 128, 8, 64] of down, and its scales
     global_scale  [3, E] FP32 of w1, w3 and w2 ("nvfp4"), or None
     shared  [T, D] or None
     format  "mxfp4" or "nvfp4"
     ->      [T, D] in x's dtype, summed in FP32 in order of expert id, shared last, one rounding
     """
-    weights = w1, s1, w3, s3, w2, s2
+    weights = tuple(from_tiles(w) for w in (w1, s1, w3, s3, w2, s2))
     return _routed(x, ids, routing, weights, global_scale, shared, limit, first_expert, format)
 
 
@@ -106,7 +108,7 @@ def moe_routed_w4a8(
     q rounds to E4M3 with a UE8M0 scale for each token and 128 columns: `fp8_act_quantize`, as the
     official inference code does for experts too.
     """
-    weights = w1, s1, w3, s3, w2, s2
+    weights = tuple(from_tiles(w) for w in (w1, s1, w3, s3, w2, s2))
     return _routed(x, ids, routing, weights, None, shared, limit, first_expert, "mxfp4", True)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsv4.core.dispatch import KernelSpec
 from dsv4.core.errors import KernelUnavailable
+from dsv4.core.expert_tiles import from_tiles
 from dsv4.core.formats import BlockScaledTensor
 from dsv4.kernels.moe import moe_routed as portable
 from dsv4.kernels.moe import moe_routed_sm90
@@ -68,7 +69,7 @@ def test_every_code_and_scale_is_exact(kernel: KernelSpec) -> None:
     """One-hot tokens read single weights back, at the ends of the scales' range too."""
     D, F = 256, 128
     case = MoeCase.random(1, D, F, 1, K=1, has_shared=False, device=DEVICE)
-    w1, s1, w3, s3, w2, s2 = (w.clone() for w in case.weights)
+    w1, s1, w3, s3, w2, s2 = (w.clone() for w in case.stored)
     w1.fill_(0x22), s1.fill_(127)  # gate 1 everywhere
     codes = torch.arange(F * D // 2, device=DEVICE).to(torch.uint8)
     w3[:] = codes.view(F, D // 2)
@@ -80,11 +81,8 @@ def test_every_code_and_scale_is_exact(kernel: KernelSpec) -> None:
         for k in (0, 5, 255):
             x = torch.zeros(1, D, dtype=torch.bfloat16, device=DEVICE)
             x[:, k] = 1.0
-            one = replace(
-                case, x=x, weights=(w1, s1, w3, s3, w2, s2), limit=1e30,
-                routing=torch.ones_like(case.routing),
-            )  # fmt: skip
-            check(kernel, one)
+            one = replace(case, x=x, limit=1e30, routing=torch.ones_like(case.routing))
+            check(kernel, one.with_stored((w1, s1, w3, s3, w2, s2)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
@@ -157,8 +155,9 @@ def test_op_contract() -> None:
         ("first_expert", lambda a: -1, "first_expert: expected an integer >= 0"),
         ("global_scale", lambda a: a["routing"], "global_scale: expected None for mxfp4"),
         ("ids", lambda a: a["ids"].long(), "ids: expected torch.int32"),
-        ("s2", lambda a: a["s2"][:, :, :2].contiguous(), "s2: expected shape"),
-        ("w3", lambda a: a["w3"].transpose(0, 1), "w3: expected shape"),
+        ("s2", lambda a: a["s2"][..., :2].contiguous(), "s2: expected shape"),
+        ("w3", lambda a: a["w3"].transpose(0, 1), "w3: expected a contiguous tensor"),
+        ("w1", lambda a: from_tiles(a["w1"]), "w1: expected shape"),
         ("shared", lambda a: a["shared"].float(), "shared: expected torch.bfloat16"),
     ],
 )
@@ -168,7 +167,7 @@ def test_it_names_the_bad_argument(name: str, change: Callable, message: str) ->
         ops.moe_routed(**args | {name: change(args)})
 
 
-def test_stacking_repacks_nothing() -> None:
+def test_a_stack_in_tiles_gives_its_experts_back() -> None:
     g = torch.Generator().manual_seed(0)
     dense = [torch.randn(128, 256, generator=g) for _ in range(3)]
     for quantize in (mxfp4_quantize, nvfp4_quantize):
@@ -176,7 +175,8 @@ def test_stacking_repacks_nothing() -> None:
         codes, scales, global_scale = ops.stack_experts(weights)
         for e, w in enumerate(weights):
             one = None if global_scale is None else global_scale[e]
-            back = BlockScaledTensor(w.format, codes[e], scales[e].view(w.scale.dtype), one)
+            data, scale = from_tiles(codes[e]), from_tiles(scales[e]).view(w.scale.dtype)
+            back = BlockScaledTensor(w.format, data, scale, one)
             assert_bits_equal(f"expert {e}", dequantize(back), dequantize(w))
 
 

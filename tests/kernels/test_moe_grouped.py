@@ -73,7 +73,7 @@ def test_every_code_and_scale_is_exact() -> None:
     """One-hot tokens read single weights back, of every column of a step and every code."""
     D, F = 256, 128
     case = MoeCase.random(256, D, F, 1, K=1, has_shared=False, device=DEVICE)
-    w1, s1, w3, s3, w2, s2 = (w.clone() for w in case.weights)
+    w1, s1, w3, s3, w2, s2 = (w.clone() for w in case.stored)
     w1.fill_(0x22), s1.fill_(127)  # gate 1 everywhere
     w3[:] = torch.arange(F * D // 2, device=DEVICE).to(torch.uint8).view(F, D // 2)
     s3[:] = 70 + torch.arange(D // 32, device=DEVICE).to(torch.uint8) * 8
@@ -81,9 +81,8 @@ def test_every_code_and_scale_is_exact() -> None:
     row = torch.arange(F, device=DEVICE)
     w2[:, row, row // 2] = torch.where(row % 2 == 0, 2, 32).to(torch.uint8)  # the identity
     x = torch.eye(D, dtype=torch.bfloat16, device=DEVICE)
-    weights = (w1, s1, w3, s3, w2, s2)
-    one = replace(case, x=x, weights=weights, limit=1e30, routing=torch.ones(D, 1, device=DEVICE))
-    check(one)
+    one = replace(case, x=x, limit=1e30, routing=torch.ones(D, 1, device=DEVICE))
+    check(one.with_stored((w1, s1, w3, s3, w2, s2)))
 
 
 def test_a_token_alone_and_among_many_is_the_same() -> None:

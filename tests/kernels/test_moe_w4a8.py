@@ -66,7 +66,7 @@ def exact_case(spread: int) -> MoeCase:
     """Tokens and hidden values that FP8 holds exactly; scales of a row up to 2^spread apart."""
     D, F = 128, 128
     case = random_case(D, D, F, 1, K=1)
-    w1, s1, w3, s3, w2, s2 = (w.clone() for w in case.weights)
+    w1, s1, w3, s3, w2, s2 = (w.clone() for w in case.stored)
     w1.fill_(0x22), s1.fill_(141)  # gate 2^14: silu is the gate itself
     w3[:] = torch.arange(F * D // 2, device=DEVICE).to(torch.uint8).view(F, D // 2)
     s3[:] = 127 - torch.arange(D // 32, device=DEVICE).to(torch.uint8) * spread // (D // 32 - 1)
@@ -75,7 +75,8 @@ def exact_case(spread: int) -> MoeCase:
     w2[:, row, row // 2] = torch.where(row % 2 == 0, 2, 32).to(torch.uint8)  # the identity
     x = torch.eye(D, dtype=torch.bfloat16, device=DEVICE)  # one-hot: single weights come back
     routing = torch.ones(D, 1, device=DEVICE)
-    return replace(case, x=x, weights=(w1, s1, w3, s3, w2, s2), limit=1e30, routing=routing)
+    one = replace(case, x=x, limit=1e30, routing=routing)
+    return one.with_stored((w1, s1, w3, s3, w2, s2))
 
 
 @kernels
@@ -135,7 +136,7 @@ def test_the_op() -> None:
     ("name", "change", "message"),
     [
         ("limit", lambda a: 0.0, "limit: expected a positive number"),
-        ("s1", lambda a: a["s1"].repeat(1, 1, 2), "s1: expected shape"),  # that is NVFP4
+        ("s1", lambda a: a["s1"].repeat(1, 1, 1, 1, 2), "s1: expected shape"),  # that is NVFP4
     ],
 )
 def test_it_names_the_bad_argument(name: str, change: Callable, message: str) -> None:

@@ -42,7 +42,7 @@ def weight(codes: Tensor, scales: Tensor) -> Tensor:
 
 def by_hand(case: MoeCase) -> Tensor:
     """moe_routed_w4a8 of one token after the other."""
-    w1, s1, w3, s3, w2, s2 = case.weights
+    w1, s1, w3, s3, w2, s2 = case.stored
     out = torch.zeros(case.x.shape, dtype=torch.float64)
     for t, token in enumerate(case.x.double()):
         x = rounded(token)
@@ -63,7 +63,7 @@ def example() -> tuple[MoeCase, Tensor]:
     case = MoeCase.random(2, 256, 128, 4, K=2, has_shared=False)
     case.x[:, :64] *= 2.0**-14
     for scales in (case.weights[1], case.weights[3]):
-        scales[:, :, : 64 // GROUP] += 14
+        scales[:, :, 0, :, : 64 // GROUP] += 14  # of the first tile
     return case, by_hand(case)
 
 

@@ -1,4 +1,4 @@
-"""FP4 weights of experts from the checkpoint's bytes into the registers that wgmma reads.
+"""FP4 weights of experts from tiles (core.expert_tiles) into the registers that wgmma reads.
 
 A step is 128 columns, 16 words of a weight row. A thread loads 4 of them, 32 columns, and holds
 what it has to multiply once the columns of the other factor, the tokens, are in the same order:
@@ -9,14 +9,22 @@ in `fragments`, rows are loaded in another order too, here one that gives the pr
 import triton
 import triton.language as tl
 
+from dsv4.core import expert_tiles
 from dsv4.kernels.common.fragments import mma
 from dsv4.kernels.common.launch import INTERPRETED
 
 IS_INTERPRETED = tl.constexpr(INTERPRETED)
-STEP = tl.constexpr(128)  # columns that are permuted among themselves
+TILE_ROWS = tl.constexpr(expert_tiles.ROWS)
+STEP = tl.constexpr(expert_tiles.COLUMNS)  # that are permuted among themselves
 WORDS = tl.constexpr(16)  # int32 that hold their codes
 SIGN_AND_CODE = tl.constexpr(-0x7E400000)  # of a BF16 in the upper half: bits 31 and 24 to 22
 UNSCALE = tl.constexpr(2.0**64)  # of products: `step_factors` leaves the weights times 2^-64
+
+
+@triton.jit
+def tiled(row, row_size, step, size):
+    """Where in tiles is row `row` of tile `step` of a matrix: `row_size` a row, `size` a tile's."""
+    return row // TILE_ROWS * (TILE_ROWS * row_size) + (step * TILE_ROWS + row % TILE_ROWS) * size
 
 
 @triton.jit

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from dsv4.core.checks import check_tensors
 from dsv4.core.dispatch import KernelSpec
+from dsv4.core.expert_tiles import COLUMNS, ROWS
 from dsv4.kernels.common.bits import e2m1_value, e4m3_value, e8m0_value, narrow, widen
 from dsv4.kernels.common.checks import check_int
+from dsv4.kernels.common.experts import tiled
 from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 
 REFERENCE = "dsv4.reference.experts:moe_routed"
 CONFIG = {"num_warps": 4}
 GROUPS = {"mxfp4": 32, "nvfp4": 16}
-BLOCK_ROWS, BLOCK_K, BLOCK_OUT = 64, 128, 256
+BLOCK_ROWS, BLOCK_K, BLOCK_OUT = 64, COLUMNS, 256
 
 
 @triton.jit
@@ -29,14 +31,15 @@ def _rows_times(
     x_ptr, w_ptr, s_ptr, row, num_rows, K: tl.constexpr, GROUP: tl.constexpr,
     NVFP4: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """FP32 products of stored weight rows `row` with one vector of K inputs."""
+    """FP32 products of weight rows `row` with one vector of K inputs; BLOCK_K is a tile's 128."""
     acc = tl.zeros_like(row).to(tl.float32)
     live = (row < num_rows)[:, None]
     for k in range(0, K, BLOCK_K):
         pair = tl.arange(0, BLOCK_K // 2)[None, :]
         inside = live & (k + 2 * pair < K)
-        byte = tl.load(w_ptr + row[:, None] * (K // 2) + k // 2 + pair, inside, 0).to(tl.int32)
-        at = row[:, None] * (K // GROUP) + (k + 2 * pair) // GROUP
+        at = tiled(row, K // 2, k // BLOCK_K, BLOCK_K // 2)[:, None] + pair
+        byte = tl.load(w_ptr + at, inside, 0).to(tl.int32)
+        at = tiled(row, K // GROUP, k // BLOCK_K, BLOCK_K // GROUP)[:, None] + 2 * pair // GROUP
         scale = tl.load(s_ptr + at, inside, 0).to(tl.int32)
         scale = e4m3_value(scale) if NVFP4 else e8m0_value(scale)
         even = widen(tl.load(x_ptr + k + 2 * pair, k + 2 * pair < K, 0.0))
@@ -128,7 +131,7 @@ def outputs(
     first_expert: int, format: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The result [T, D], and working memory: hidden [T K, F] and FP32 partial sums [T K, D]."""
-    pairs, F = ids.numel(), w1.shape[1]
+    pairs, F = ids.numel(), w1.shape[1] * ROWS
     return (
         torch.empty_like(x),
         x.new_empty(pairs, F),
@@ -150,11 +153,12 @@ def check(
     if (global_scale is None) != (format == "mxfp4"):
         want = "None" if format == "mxfp4" else "[3, E]"
         raise ValueError(f"global_scale: expected {want} for {format}, got {global_scale}")
-    D, F = x.shape[-1], w1.shape[1]
+    D, F = x.shape[-1], w1.shape[1] * ROWS
     if D % 128 or F % 128:
         raise ValueError(f"x, w1: expected multiples of 128 for D and F, got {D} and {F}")
     y, hidden, partial = out
-    group = GROUPS[format]
+    up, down = f"E {F // ROWS} {D // COLUMNS}", f"E {D // ROWS} {F // COLUMNS}"
+    codes, scales = f"{ROWS} {COLUMNS // 2}", f"{ROWS} {COLUMNS // GROUPS[format]}"
     optional = {}
     if shared is not None:
         optional["shared"] = shared, "T D", torch.bfloat16
@@ -162,11 +166,12 @@ def check(
         optional["global_scale"] = global_scale, "3 E", torch.float32
     sizes = check_tensors(
         x=(x, "T D", torch.bfloat16), ids=(ids, "T K", torch.int32),
-        routing=(routing, "T K", torch.float32), w1=(w1, f"E F {D // 2}", torch.uint8),
-        s1=(s1, f"E F {D // group}", torch.uint8), w3=(w3, f"E F {D // 2}", torch.uint8),
-        s3=(s3, f"E F {D // group}", torch.uint8), w2=(w2, f"E D {F // 2}", torch.uint8),
-        s2=(s2, f"E D {F // group}", torch.uint8), y=(y, "T D", torch.bfloat16), **optional,
+        routing=(routing, "T K", torch.float32), w1=(w1, f"{up} {codes}", torch.uint8),
+        s1=(s1, f"{up} {scales}", torch.uint8), w3=(w3, f"{up} {codes}", torch.uint8),
+        s3=(s3, f"{up} {scales}", torch.uint8), w2=(w2, f"{down} {codes}", torch.uint8),
+        s2=(s2, f"{down} {scales}", torch.uint8), y=(y, "T D", torch.bfloat16), **optional,
     )  # fmt: skip
+    sizes["F"] = F
     check_tensors(
         hidden=(hidden, f"{ids.numel()} {F}", torch.bfloat16),
         partial=(partial, f"{ids.numel()} {D}", torch.float32),

@@ -23,12 +23,14 @@ from dsv4.kernels.common import expert_lists
 from dsv4.kernels.common.bits import widen
 from dsv4.kernels.common.experts import (
     STEP,
+    TILE_ROWS,
     UNSCALE,
     WORDS,
     load_rows,
     multiply_step,
     ordered_steps,
     step_order,
+    tiled,
 )
 from dsv4.kernels.common.launch import INTERPRETED
 from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
@@ -47,6 +49,7 @@ CONFIG = {
     1 << 40: {"BM": 128, "BN": 128, "num_warps": 8, "STAGES": 4},
 }
 MIN_BM = 16
+TILE = tl.constexpr(TILE_ROWS * WORDS)  # words
 PERMUTE_ROWS, COMBINE = 16, 1024
 
 
@@ -75,14 +78,14 @@ def _gate_up_tile(
     position = base + load_rows(BN, NUM_WARPS)
     feature = position // STEP * STEP + step_order(position % STEP)
     x_at = x_ptr + (pair // TOP_K).to(tl.int64)[:, None] * D + k[None, :]
-    w1_at = w1_ptr + feature[:, None] * (D // 8) + i[None, :]
-    w3_at = w3_ptr + feature[:, None] * (D // 8) + i[None, :]
-    s1_at, s3_at = s1_ptr + feature * (D // STEP), s3_ptr + feature * (D // STEP)
+    w_at = tiled(feature, D // 8, 0, WORDS)[:, None] + i[None, :]
+    s_at = tiled(feature, D // STEP, 0, 1)
+    w1_at, w3_at, s1_at, s3_at = w1_ptr + w_at, w3_ptr + w_at, s1_ptr + s_at, s3_ptr + s_at
     gate, up = tl.zeros([BN, BM], tl.float32), tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, D // STEP, num_stages=STAGES):
         x = tl.load(x_at + step * STEP)
-        w1, w3 = tl.load(w1_at + step * WORDS), tl.load(w3_at + step * WORDS)
-        s1, s3 = tl.load(s1_at + step), tl.load(s3_at + step)
+        w1, w3 = tl.load(w1_at + step * TILE), tl.load(w3_at + step * TILE)
+        s1, s3 = tl.load(s1_at + step * TILE_ROWS), tl.load(s3_at + step * TILE_ROWS)
         gate = multiply_step(w1, s1, x, gate, BN, GROUP, NVFP4, NUM_WARPS)
         up = multiply_step(w3, s3, x, up, BN, GROUP, NVFP4, NUM_WARPS)
     gate, up = gate * gate_scale, up * up_scale
@@ -142,11 +145,12 @@ def _down_tile(
     base = tl.program_id(0) * BN
     row = base + load_rows(BN, NUM_WARPS)
     h_at = hidden_ptr + place.to(tl.int64)[:, None] * F + k[None, :]
-    w_at, s_at = w2_ptr + row[:, None] * (F // 8) + i[None, :], s2_ptr + row * (F // STEP)
+    w_at = w2_ptr + tiled(row, F // 8, 0, WORDS)[:, None] + i[None, :]
+    s_at = s2_ptr + tiled(row, F // STEP, 0, 1)
     y = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, F // STEP, num_stages=STAGES):
         h = tl.load(h_at + step * STEP)
-        w, s = tl.load(w_at + step * WORDS), tl.load(s_at + step)
+        w, s = tl.load(w_at + step * TILE), tl.load(s_at + step * TILE_ROWS)
         y = multiply_step(w, s, h, y, BN, GROUP, NVFP4, NUM_WARPS)
     pair = tl.load(rows_ptr + place).to(tl.int64)
     at = pair[None, :] * D + (base + tl.arange(0, BN))[:, None]
@@ -218,7 +222,8 @@ def outputs(
     base = portable.outputs(
         x, ids, routing, w1, s1, w3, s3, w2, s2, global_scale, shared, limit, first_expert, format
     )
-    block = tile(ids.numel(), w1.shape[0], x.shape[1], w1.shape[1], CONFIG)["BM"]
+    F = base[1].shape[1]
+    block = tile(ids.numel(), w1.shape[0], x.shape[1], F, CONFIG)["BM"]
     lists = expert_lists.outputs(ids, first_expert, w1.shape[0], block)
     return (*base, torch.empty_like(x), *lists)
 

@@ -2,16 +2,17 @@
 //
 // A weight byte is read from memory once, 16 bytes a lane, and decoded in registers straight into
 // the A operand of mma.m16n8k16: the tokens are its eight columns. A lane takes 32 consecutive
-// inputs of a row, which is one MXFP4 group, so the checkpoint's layout needs no repacking: the
-// order of k inside a product is free as long as the tokens use the same.
+// inputs of a row, which is one MXFP4 group: the order of k inside a product is free as long as the
+// tokens use the same. Weights lie in tiles of 8 rows and 128 inputs (core/expert_tiles.py), those
+// of the same rows one behind the other, so what a warp reads is two streams.
 //
 // e2m1 to BF16: the code s|ee|m goes to bits 15 and 8..6 of a half; as BF16 that is the value
 // times 2^-126, subnormals included, so one multiplication by 2^62 * scale gives the weight times
 // 2^-64 exactly. The sums are multiplied by 2^64 at the end.
 //
 // Units of work are 16 weight rows a warp of one expert, first all of gate and up, then of down.
-// A warp copies what it will decode itself through a ring in shared memory (cp.async, 64 * U bytes
-// of a row at a time), so no barrier of the block stands between memory and the matrix units, and
+// A warp copies what it will decode itself through a ring in shared memory (cp.async, U tiles of
+// each stream at a time), so no barrier of the block stands between memory and the matrix units, and
 // the copies run ahead over the ends of units and from gate and up into down. A unit of the second
 // kind waits until the hidden rows of its expert are complete, and the sums at the end, experts in
 // ascending order, until every expert has written its part: the result does not depend on who came
@@ -29,9 +30,8 @@ typedef unsigned char u8;
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 16 * WARPS;  // weight rows of a unit
 constexpr int HIDDEN_ROWS = ROWS / 2, UP_UNITS = F / HIDDEN_ROWS, DOWN_UNITS = D / ROWS;
-constexpr int SCALE_WORDS = U * 128 / GROUP / 4;
-constexpr int ROW_LANES = 4 * U, ROWS_AT_ONCE = 8 / U;  // of one copy of a warp
-static_assert(U == 1 || U == 2 || U == 4, "a copy takes whole rows of a fragment");
+constexpr int SCALE_BYTES = 128 / GROUP;  // of a row in a tile
+static_assert(16 * U <= 32, "a lane copies the scales of at most one row");
 static_assert(TOKENS > 1 || MAX_PAIRS == K_EXPERTS, "one token is staged once");
 constexpr u32 CODE = 0x01C001C0, SIGN = 0x80008000;
 
@@ -39,9 +39,9 @@ struct Params {
     const u16* x;            // [T, D] BF16
     const int* ids;          // [T, K] expert ids; those outside [first, first + E) count nothing
     const float* routing;    // [T, K]
-    const u8 *w1, *s1;       // [E, F, D / 2], [E, F, D / GROUP]
+    const u8 *w1, *s1;       // [E, F / 8, D / 128, 8, 64], [E, F / 8, D / 128, 8, 128 / GROUP]
     const u8 *w3, *s3;
-    const u8 *w2, *s2;       // [E, D, F / 2], [E, D, F / GROUP]
+    const u8 *w2, *s2;       // [E, D / 8, F / 128, 8, 64], [E, D / 8, F / 128, 8, 128 / GROUP]
     const float *g1, *g3, *g2;  // [E] global scales or null
     const u16* shared;       // [T, D] BF16 or null
     u16* out;                // [T, D] BF16
@@ -63,10 +63,10 @@ struct Smem {
     bool is_last;
 };
 
-// What a lane needs for 128 * U inputs of its two rows; a warp has a ring of them.
+// What a warp needs for 128 * U inputs of its 16 rows: U tiles of the first and second eight.
 struct Stage {
     uint4 codes[U][2][32];
-    u32 scales[2][32][SCALE_WORDS];
+    u32 scales[2][U][8][SCALE_BYTES / 4];
 };
 
 // Codes are read once a step: they leave L2 first, so that code and activations stay.
@@ -125,26 +125,27 @@ __device__ __forceinline__ void decode(u32 q, u32 factor, u32 (&r)[4]) {
 }
 
 // The two factors, 2^62 * scale in both halves, of the lane's codes 0..15 and 16..31.
-__device__ __forceinline__ void factors(const u32* scales, int u, int t, u32& low, u32& high) {
+__device__ __forceinline__ void factors(const u32* scales, int t, u32& low, u32& high) {
     if constexpr (NVFP4) {
-        u32 two = (scales[2 * u + t / 2] >> (16 * (t & 1))) & 0xFFFF;
+        u32 two = (scales[t / 2] >> (16 * (t & 1))) & 0xFFFF;
         // E4M3 at bits 10..4 of a half is its value times 2^-120.
         u32 both = ((two & 0x7F) << 4) | ((two & 0x7F00) << 12);
         both = mul2(mul2(both, 0x7B807B80), 0x5E805E80);  // 2^120, 2^62
         low = __byte_perm(both, 0, 0x1010), high = __byte_perm(both, 0, 0x3232);
     } else {
-        low = high = (((scales[u] >> (8 * t)) & 0xFF) + 62) * 0x00800080;
+        low = high = (((scales[0] >> (8 * t)) & 0xFF) + 62) * 0x00800080;
     }
 }
 
 // One warp: 16 rows times 128 * U inputs of up to 8 tokens. xs: [k block][word][token][t].
 __device__ __forceinline__ void multiply(
-    float (&acc)[2][4], const Stage& s, const uint4* xs, int n, int t, int lane) {
+    float (&acc)[2][4], const Stage& s, const uint4* xs, int n, int lane) {
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int u = 0; u < U; u++) {
         u32 fa[2], fb[2];
-        factors(s.scales[0][lane], u, t, fa[0], fa[1]);
-        factors(s.scales[1][lane], u, t, fb[0], fb[1]);
+        factors(s.scales[0][u][g], t, fa[0], fa[1]);
+        factors(s.scales[1][u][g], t, fb[0], fb[1]);
         const uint4 a = s.codes[u][0][lane], b = s.codes[u][1][lane];
         const u32 qa[4] = {a.x, a.y, a.z, a.w}, qb[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -261,24 +262,23 @@ __device__ __forceinline__ int first_unit(int units, int b) { return (u64)units 
 
 // The units of one block as the copies see them: they run STAGES - 1 stages ahead.
 struct Producer {
-    const u8 *wa, *wb;  // what the lane copies next of the first and second eight rows
-    const u8 *sa, *sb;  // the next scales of the two rows that it decodes
-    int is_down, unit, end, passes, steps, stride;
+    const u8 *wa, *wb;  // what the lane copies and decodes next of the first and second eight rows
+    const u8* scales;   // what it copies next of either's, if it is one of 16 * U lanes
+    int is_down, unit, end, passes, steps;
 };
 
-
 __device__ __forceinline__ void seek(Producer& c, const Params& p, const Smem& s) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int per_expert = c.is_down ? DOWN_UNITS : UP_UNITS, K = c.is_down ? F : D;
     const int h = c.unit / per_expert, block = c.unit % per_expert;
     const int row = c.is_down ? block * ROWS + warp * 16 : block * HIDDEN_ROWS + warp * 8;
     const u64 a = (u64)s.hit[h] * (c.is_down ? D : F) + row, b = c.is_down ? a + 8 : a;
-    const int at = lane / ROW_LANES * (K / 2) + lane % ROW_LANES * 16;
-    c.steps = K / (128 * U), c.stride = ROWS_AT_ONCE * (K / 2);
-    c.wa = (c.is_down ? p.w2 : p.w1) + a * (K / 2) + at;
-    c.wb = (c.is_down ? p.w2 : p.w3) + b * (K / 2) + at;
-    c.sa = (c.is_down ? p.s2 : p.s1) + (a + g) * (K / GROUP);
-    c.sb = (c.is_down ? p.s2 : p.s3) + (b + g) * (K / GROUP);
+    const bool is_first = lane < 8 * U;
+    c.steps = K / (128 * U);
+    c.wa = (c.is_down ? p.w2 : p.w1) + a * (K / 2) + lane * 16;
+    c.wb = (c.is_down ? p.w2 : p.w3) + b * (K / 2) + lane * 16;
+    c.scales = (c.is_down ? p.s2 : is_first ? p.s1 : p.s3) + (is_first ? a : b) * (K / GROUP) +
+               lane % (8 * U) * SCALE_BYTES;
     if (c.passes == 0) c.passes = (s.start[h + 1] - s.start[h] + TOKENS - 1) / TOKENS;
 }
 
@@ -291,17 +291,16 @@ __device__ __forceinline__ void begin(Producer& c, const Params& p, const Smem& 
 }
 
 __device__ __forceinline__ void issue(Producer& c, const Params& p, const Smem& s, Stage& stage) {
-    const int lane = threadIdx.x % 32, u = lane % ROW_LANES / 4;
+    const int lane = threadIdx.x % 32;
     if (c.unit < c.end) {
-        const int to = lane / ROW_LANES * 4 + lane % 4;  // of the lane that decodes it
 #pragma unroll
-        for (int i = 0; i < U; i++) {
-            copy_async<16>(&stage.codes[u][0][to + i * ROWS_AT_ONCE * 4], c.wa + i * c.stride);
-            copy_async<16>(&stage.codes[u][1][to + i * ROWS_AT_ONCE * 4], c.wb + i * c.stride);
+        for (int u = 0; u < U; u++) {
+            copy_async<16>(&stage.codes[u][0][lane], c.wa + u * 512);
+            copy_async<16>(&stage.codes[u][1][lane], c.wb + u * 512);
         }
-        copy_async<4 * SCALE_WORDS>(stage.scales[0][lane], c.sa);
-        copy_async<4 * SCALE_WORDS>(stage.scales[1][lane], c.sb);
-        c.wa += 64 * U, c.wb += 64 * U, c.sa += 4 * SCALE_WORDS, c.sb += 4 * SCALE_WORDS;
+        if (lane < 16 * U)
+            copy_async<SCALE_BYTES>(reinterpret_cast<u8*>(stage.scales) + lane * SCALE_BYTES, c.scales);
+        c.wa += 512 * U, c.wb += 512 * U, c.scales += 8 * U * SCALE_BYTES;
         if (--c.steps == 0) {
             c.unit += --c.passes == 0;
             if (c.unit < c.end) seek(c, p, s);
@@ -394,7 +393,7 @@ __device__ __forceinline__ void run_units(
     const Params& p, Smem& s, Producer& c, Stage* ring, int& slot, uint4* xs, int is_down) {
     const int K = is_down ? F : D, per_expert = is_down ? DOWN_UNITS : UP_UNITS;
     const int steps = K / (128 * U);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
     const int units = s.num_hit * per_expert, end = first_unit(units, blockIdx.x + 1);
     int staged = -1;
 #pragma unroll 1
@@ -415,8 +414,8 @@ __device__ __forceinline__ void run_units(
 #pragma unroll 1
             for (int step = 0; step < steps; step++) {
                 asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-                __syncwarp();  // lanes copy for each other, and into what others have decoded
-                multiply(acc, ring[slot], xs + step * U * 16 * TOKENS, g % TOKENS, t, lane);
+                __syncwarp();  // lanes copy scales for each other, and into what others have read
+                multiply(acc, ring[slot], xs + step * U * 16 * TOKENS, g % TOKENS, lane);
                 issue(c, p, s, ring[slot == 0 ? STAGES - 1 : slot - 1]);
                 slot = slot == STAGES - 1 ? 0 : slot + 1;
             }

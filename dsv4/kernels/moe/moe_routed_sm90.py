@@ -47,7 +47,7 @@ def moe_routed_kernel(T: int, K: int, D: int, F: int, E: int, format: str) -> tu
 
 def shared_bytes(defines: dict[str, int]) -> int:
     """Of the staged tokens and the rings."""
-    stage = defines["U"] * (32 * 32 + 64 * 128 // defines["GROUP"])
+    stage = defines["U"] * 16 * (128 // 2 + 128 // defines["GROUP"])
     tokens = 2 * defines["TOKENS"] * max(defines["D"], defines["F"])
     return tokens + defines["WARPS"] * defines["STAGES"] * stage
 

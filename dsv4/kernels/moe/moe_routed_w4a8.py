@@ -22,11 +22,13 @@ from dsv4.kernels.common import expert_lists
 from dsv4.kernels.common.bits import e8m0_value, widen
 from dsv4.kernels.common.experts import (
     STEP,
+    TILE_ROWS,
     WORDS,
     largest_value,
     load_rows,
     multiply_fp8_step,
     ordered_fp8_steps,
+    tiled,
 )
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
 from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
@@ -71,12 +73,12 @@ def moe_routed_w4a8_quantize_kernel(
 def moe_routed_w4a8_largest_kernel(
     s_ptr, largest_ptr, N, SIZE: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr
 ):
-    """The largest exponent byte of each row of MXFP4 scales, as int32 [N, SIZE] -> [N]."""
+    """The largest exponent byte of each row of MXFP4 scales, SIZE int32 of it in tiles -> [N]."""
     let_next_start()
     wait_for_previous()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, COUNT)[None, :]
-    at = row[:, None].to(tl.int64) * SIZE + i
+    at = tiled(row.to(tl.int64)[:, None], SIZE, i, 1)
     word = tl.load(s_ptr + at, (i < SIZE) & (row < N)[:, None], 0)
     largest = tl.maximum(word & 255, (word >> 8) & 255)
     largest = tl.maximum(largest, tl.maximum((word >> 16) & 255, (word >> 24) & 255))
@@ -109,23 +111,24 @@ def _gate_up_tile(
     x_scale_again_ptr  x_scale_ptr: Triton 3.6 compiles no two scaled products that share a scale
     """
     CODES: tl.constexpr = STEP // 2 if NATIVE else WORDS  # bytes, or words
+    TILE: tl.constexpr = TILE_ROWS * CODES
     m, i, k = tl.arange(0, BM), tl.arange(0, CODES), tl.arange(0, STEP)
     pair = tl.load(rows_ptr + first + tl.minimum(m, count - 1))  # past the end: the last again
     token = (pair // TOP_K).to(tl.int64)
     feature = tl.program_id(0) * BN + tl.arange(0, BN)
     loaded = tl.program_id(0) * BN + _load_order(BN, NUM_WARPS, NATIVE)
     x_at, x_scale_at = x_ptr + token[:, None] * D + k[None, :], x_scale_ptr + token * (D // STEP)
-    w1_at = w1_ptr + loaded[:, None] * (D // STEP * CODES) + i[None, :]
-    w3_at = w3_ptr + loaded[:, None] * (D // STEP * CODES) + i[None, :]
+    w_at = tiled(loaded, D // STEP * CODES, 0, CODES)[:, None] + i[None, :]
+    s_at = tiled(loaded, D // STEP, 0, 1)
+    w1_at, w3_at, s1_at, s3_at = w1_ptr + w_at, w3_ptr + w_at, s1_ptr + s_at, s3_ptr + s_at
     x_scale_again_at = x_scale_again_ptr + token * (D // STEP)
     if not NATIVE:
         most1, most3 = tl.load(most1_ptr + loaded), tl.load(most3_ptr + loaded)
     gate, up = tl.zeros([BN, BM], tl.float32), tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, D // STEP, num_stages=STAGES):
         x, x_scale = tl.load(x_at + step * STEP), tl.load(x_scale_at + step)
-        w1, w3 = tl.load(w1_at + step * CODES), tl.load(w3_at + step * CODES)
-        s1 = tl.load(s1_ptr + loaded * (D // STEP) + step)
-        s3 = tl.load(s3_ptr + loaded * (D // STEP) + step)
+        w1, w3 = tl.load(w1_at + step * TILE), tl.load(w3_at + step * TILE)
+        s1, s3 = tl.load(s1_at + step * TILE_ROWS), tl.load(s3_at + step * TILE_ROWS)
         if NATIVE:
             again = tl.load(x_scale_again_at + step)
             gate = native_step(w1, s1, x, x_scale, gate, BN, BM)
@@ -187,18 +190,20 @@ def _down_tile(
 ):  # fmt: skip
     """partial[pair] = W2 hidden[place], BN outputs of `count` tokens."""
     CODES: tl.constexpr = STEP // 2 if NATIVE else WORDS  # bytes, or words
+    TILE: tl.constexpr = TILE_ROWS * CODES
     m, i, k = tl.arange(0, BM), tl.arange(0, CODES), tl.arange(0, STEP)
     place = (first + tl.minimum(m, count - 1)).to(tl.int64)
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     loaded = tl.program_id(0) * BN + _load_order(BN, NUM_WARPS, NATIVE)
     h_at, h_scale_at = h_ptr + place[:, None] * F + k[None, :], h_scale_ptr + place * (F // STEP)
-    w_at = w2_ptr + loaded[:, None] * (F // STEP * CODES) + i[None, :]
+    w_at = w2_ptr + tiled(loaded, F // STEP * CODES, 0, CODES)[:, None] + i[None, :]
+    s_at = s2_ptr + tiled(loaded, F // STEP, 0, 1)
     if not NATIVE:
         most = tl.load(most2_ptr + loaded)
     y = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, F // STEP, num_stages=STAGES):
         h, h_scale = tl.load(h_at + step * STEP), tl.load(h_scale_at + step)
-        w, s = tl.load(w_at + step * CODES), tl.load(s2_ptr + loaded * (F // STEP) + step)
+        w, s = tl.load(w_at + step * TILE), tl.load(s_at + step * TILE_ROWS)
         if NATIVE:
             y = native_step(w, s, h, h_scale, y, BN, BM)
         else:
@@ -240,18 +245,19 @@ def moe_routed_w4a8_down_kernel(
 
 def working_memory(args: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
     """The result, hidden, partial sums, both inputs in FP8, largest scales of rows, and lists."""
-    x, ids, _, w1, _, w3, _, w2, _, shared, limit, first_expert = args
+    x, ids, _, w1, *_, shared, limit, first_expert = args
     base = portable.outputs(*args[:9], None, shared, limit, first_expert, "mxfp4")
-    (T, D), F, pairs = x.shape, w1.shape[1], ids.numel()
-    block = grouped.tile(pairs, w1.shape[0], D, F, config)["BM"]
+    (T, D), E, pairs = x.shape, w1.shape[0], ids.numel()
+    F = base[1].shape[1]
+    block = grouped.tile(pairs, E, D, F, config)["BM"]
     return (
         *base,
         x.new_empty(T, D, dtype=torch.float8_e4m3fn),
         x.new_empty(T, D // 128, dtype=torch.float32),
         x.new_empty(pairs, F, dtype=torch.float8_e4m3fn),
         x.new_empty(pairs, F // 128, dtype=torch.float32),
-        *(ids.new_empty(w.shape[:2]) for w in (w1, w3, w2)),
-        *expert_lists.outputs(ids, first_expert, w1.shape[0], block),
+        *(ids.new_empty(E, rows) for rows in (F, F, D)),
+        *expert_lists.outputs(ids, first_expert, E, block),
     )
 
 
@@ -297,7 +303,7 @@ def run(args: tuple[Any, ...], out: tuple[Tensor, ...], config: Config, is_nativ
 
 
 def _largest(s: Tensor, largest: Tensor) -> None:
-    N, words = largest.numel(), s.shape[2]
+    N, words = largest.numel(), s.shape[2]  # a word a step: 128 columns
     moe_routed_w4a8_largest_kernel[(triton.cdiv(N, LARGEST_ROWS),)](
         s, largest, N, SIZE=words, COUNT=triton.next_power_of_2(words), ROWS=LARGEST_ROWS,
         num_warps=4, **PDL,

@@ -1,12 +1,15 @@
-"""Inputs of the routed experts: random stored weights, tokens and routing."""
+"""Inputs of the routed experts: random weights, tokens and routing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
+
+from dsv4.core.expert_tiles import COLUMNS, ROWS, from_tiles, to_tiles
 
 GROUPS = {"mxfp4": 32, "nvfp4": 16}
 LIMIT = 10.0
@@ -19,7 +22,7 @@ class MoeCase:
     x: Tensor
     ids: Tensor
     routing: Tensor
-    weights: tuple[Tensor, ...]  # w1, s1, w3, s3, w2, s2
+    weights: tuple[Tensor, ...]  # w1, s1, w3, s3, w2, s2, in tiles
     global_scale: Tensor | None
     shared: Tensor | None
     format: str
@@ -38,9 +41,9 @@ class MoeCase:
         low, high = (0x14, 0x2C) if is_nvfp4 else (117, 121)
 
         def stored(rows: int, cols: int) -> tuple[Tensor, Tensor]:
-            shape = E, rows, cols // 2
+            shape = E, rows // ROWS, cols // COLUMNS, ROWS, COLUMNS // 2
             codes = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8, device=device)
-            shape = E, rows, cols // group
+            shape = *shape[:-1], COLUMNS // group
             scales = torch.randint(low, high, shape, generator=g, dtype=torch.uint8, device=device)
             return codes, scales
 
@@ -55,6 +58,18 @@ class MoeCase:
         shared = tokens() if has_shared else None
         return cls(tokens(), ids, 1.5 * routing / routing.sum(1, True), weights, scale, shared,
                    format)  # fmt: skip
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The weights as a checkpoint has them: w1, s1, w3, s3, w2, s2, [E, N, B] each."""
+        return tuple(from_tiles(w) for w in self.weights)
+
+    def with_stored(self, weights: Sequence[Tensor]) -> MoeCase:
+        """The same with other weights as a checkpoint has them."""
+        D, F = self.x.shape[1], weights[0].shape[1]
+        columns = (D, D, D, D, F, F)
+        tiles = [to_tiles(w, n).contiguous() for w, n in zip(weights, columns, strict=True)]
+        return replace(self, weights=tuple(tiles))
 
     def args(self) -> dict[str, Any]:
         """Keyword arguments of the op."""
