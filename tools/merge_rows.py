@@ -1,8 +1,8 @@
 """Put benchmark rows into the baselines of their GPU: `python tools/merge_rows.py ROWS.jsonl ...`
 
-A row takes the place of the one with the same op, shape and state of L2; numbers are kept to four
-digits. `--commit` names the commit that brought the measured code, where the machine that measured
-had no git.
+A row takes the place of the one with the same op, shape and state of L2 (a row of another library
+has none); numbers are kept to four digits. `--commit` names the commit that brought the measured
+code, where the machine that measured had no git.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def rounded(value: Any) -> Any:
 
 def key(row: Row) -> tuple[str, str, str]:
     """What there is one row of."""
-    return row["op"], json.dumps(row["shape"], sort_keys=True), row["l2"]
+    return row["op"], json.dumps(row["shape"], sort_keys=True), row.get("l2", "")
 
 
 def merged(old: Iterable[Row], new: Iterable[Row], commit: str | None) -> list[Row]:

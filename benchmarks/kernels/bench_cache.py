@@ -1,7 +1,9 @@
 """Cache kernels. `python -m benchmarks.kernels.bench_cache [--json PATH] [--only OP]`
 
 Decode is the worst case: every request completes a window in the step; idle is a decode step in
-which none does. The baseline is a device copy that moves as many bytes; of fused ops their parts.
+which none does. The baseline of insertions is torch.compile of their oracle, told which rows
+complete a window, as looking for them reads back to the host; of other ops a device copy that moves
+as many bytes; of fused ops their parts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,10 +11,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dsv4.core.kv_layout import IndexRecord, KvRecord
 from dsv4.ops import cache as ops
-from dsv4.testing.bench import COLD_BYTES, Case, copy_calls, run
+from dsv4.reference.compressor import pool_windows
+from dsv4.reference.kv_records import (
+    index_record_pack_fp8,
+    index_record_pack_mxfp4,
+    kv_record_pack,
+)
+from dsv4.reference.norm import rms_norm
+from dsv4.reference.quant import hadamard
+from dsv4.reference.rope import apply_rope
+from dsv4.testing.bench import COLD_BYTES, Case, CompiledOracle, Turns, copy_calls, run
 from dsv4.testing.cases.cache import (
     CompressorCase,
     Span,
@@ -22,7 +34,7 @@ from dsv4.testing.cases.cache import (
     step_append_args,
 )
 
-DECODE, PREFILL = (1, 8, 64), (8192,)
+DECODE, PREFILL = (64, 8, 1), (8192, 1024)
 PAGE_TOKENS, C, J, W = 256, 512, 128, 128
 RECORD = KvRecord().nbytes
 MAX_COPIES = 48
@@ -37,6 +49,40 @@ def case(op: str, shape: dict[str, Any], calls: list[Any], num_bytes: int) -> Ca
     """A case with a copy as its baseline."""
     baseline = copy_calls(num_bytes, copies(num_bytes))
     return Case(op, shape, calls, num_bytes, baseline="copy", baseline_calls=baseline)
+
+
+def chosen_insert(
+    chosen: Tensor, kappa: Tensor, gamma: Tensor, state: Tensor, norm: Tensor, cos: Tensor,
+    sin: Tensor, pages: Tensor, page_table: Tensor, slot: Tensor, position: Tensor,
+    first_row: Tensor, first_position: Tensor, ratio: int, entries_per_page: int, eps: float,
+    dtype: torch.dtype, keys: str | None = None, is_rotated: bool = False,
+) -> None:  # fmt: skip
+    """compressor_insert and index_key_insert of the rows `chosen`, which complete a window."""
+    rows, dims = state.shape[2], len(norm)
+    slot, position = slot[chosen], position[chosen]
+    start, first = first_position[chosen, None], first_row[chosen, None]
+    at = position[:, None] + torch.arange(rows, device=kappa.device) - rows + 1
+    is_new, step_row = (at >= start)[..., None], (first + at - start).clamp(0, len(kappa) - 1)
+    ring, absent = state[slot[:, None], :, at % rows], (at < 0)[..., None]
+    values = torch.where(is_new, kappa[step_row], ring[:, :, 0]).masked_fill(absent, 0)
+    scores = torch.where(is_new, gamma[step_row], ring[:, :, 1]).masked_fill(absent, -torch.inf)
+    if values.shape[2] != dims:  # of the window before, and of this one
+        values, scores = (
+            torch.cat((x[:, :ratio, :dims], x[:, ratio:, dims:]), dim=1) for x in (values, scores)
+        )
+    entry = position // ratio
+    x = rms_norm(pool_windows(values, scores).to(dtype), norm, eps)
+    x = apply_rope(x, cos[entry], sin[entry])
+    x = hadamard(x) if is_rotated else x
+    pack = index_record_pack_fp8 if keys == "fp8" else index_record_pack_mxfp4
+    record = pack(x) if keys else kv_record_pack(x, 2 * cos.shape[1])
+    layout = IndexRecord(dims, keys) if keys else KvRecord(dims, 2 * cos.shape[1])
+    size = layout.value_bytes if isinstance(layout, IndexRecord) else layout.data_bytes
+    page = page_table[slot, entry // entries_per_page].long()
+    row, end = entry % entries_per_page, entries_per_page * layout.nbytes
+    parts = pages[:, : entries_per_page * size], pages[:, entries_per_page * size : end]
+    for part, written in zip(parts, (record[:, :size], record[:, size:]), strict=True):
+        part.unflatten(1, (entries_per_page, -1))[page, row] = written
 
 
 def spans_of(num_tokens: int, is_decode: bool) -> list[Span]:
@@ -73,6 +119,7 @@ def compressor_cases() -> Iterator[Case]:
     kinds = (("csa", 4, C, None), ("hca", 128, C, None), ("fp8", 4, J, "fp8"),
              ("mxfp4", 4, J, "mxfp4"))  # fmt: skip
     for name, ratio, dims, keys in kinds:
+        baselines = CompiledOracle(chosen_insert), CompiledOracle(chosen_insert)
         for T, is_decode in [(T, True) for T in DECODE] + [(T, False) for T in PREFILL]:
             slots, length = (T, 128) if is_decode else (1, T)
             made = compressor_case(
@@ -80,14 +127,18 @@ def compressor_cases() -> Iterator[Case]:
             )  # fmt: skip
             num_bytes = insert_bytes(made, T, is_decode)
             op = "compressor_insert" if keys is None else "index_key_insert"
-            calls = []
+            sets = []
             for _ in range(min(8, copies(num_bytes))):
                 own = made.fresh("cuda")
                 own.state.normal_()
-                args = own.insert_args(spans_of(T, is_decode))
-                calls.append(partial(getattr(ops, op), **args))
+                sets.append(own.insert_args(spans_of(T, is_decode)))
+            calls = [partial(getattr(ops, op), **args) for args in sets]
             shape = {"T": T, "kind": name, "phase": "decode" if is_decode else "prefill"}
-            yield case(op, shape, calls, num_bytes)
+            last = ((sets[0]["position"] + 1) % ratio == 0).nonzero().squeeze(1)
+            base = baselines[is_decode].calls([{"chosen": last} | args for args in sets], T)
+            yield Case(
+                op, shape, calls, num_bytes, baseline=CompiledOracle.NAME, baseline_calls=base
+            )
             if is_decode:
                 yield idle_case(made, op, name, T)
             if keys is None:
@@ -117,7 +168,8 @@ def append_case(made: CompressorCase, name: str, T: int, is_decode: bool) -> Cas
 
 def layer_cases() -> Iterator[Case]:
     """What a step writes for a CSA layer, in one launch and op after op."""
-    for T, phase in [(T, p) for T in DECODE for p in ("decode", "idle")] + [(8192, "prefill")]:
+    steps = [(T, phase) for T in DECODE for phase in ("decode", "idle")]
+    for T, phase in steps + [(T, "prefill") for T in PREFILL]:
         spans = spans_of(T, phase != "prefill")
         if phase == "idle":
             spans = [(s, 125, 1) for s in range(T)]
@@ -180,12 +232,12 @@ def gather_cases() -> Iterator[Case]:
         yield case("gather_entries", {"N": N, "C": C}, calls, N * (RECORD + 2 * C))
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Turns:
     """Every row of this file."""
-    yield from window_cases()
-    yield from compressor_cases()
-    yield from layer_cases()
-    yield from gather_cases()
+    yield window_cases()
+    yield compressor_cases()
+    yield layer_cases()
+    yield gather_cases()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 Decode has one query for each request; the last tokens of a prompt are one request with T queries.
 The baseline reads dense BF16 keys, so it is spared the pages and the formats: matmul, ReLU,
-weighted sum, torch.topk and a sort of its result, compiled.
+weighted sum, torch.topk and a sort of its result, compiled. `indexer_queries`, `indexer_scores` and
+`topk_select` are the parts of `indexer_scores_topk`. Rows with a `kernel` in their shape are of the
+variant for Hopper, which is not in use.
 """
 
 from collections.abc import Iterator
@@ -13,9 +15,12 @@ import torch
 from torch import Tensor
 
 from dsv4.core.kv_layout import INDEX_KEYS, IndexRecord
+from dsv4.kernels.indexer import indexer_scores_topk as portable
+from dsv4.kernels.indexer import indexer_scores_topk_sm90 as hopper
+from dsv4.kernels.indexer import topk_select_sm90
 from dsv4.ops import indexer as ops
-from dsv4.testing.bench import COLD_BYTES, Case, run
-from dsv4.testing.cases.indexer import RATIO, indexer_case
+from dsv4.testing.bench import COLD_BYTES, Case, Later, later, run
+from dsv4.testing.cases.indexer import RATIO, IndexerCase, indexer_case
 
 HEADS, J, PER_PAGE = 64, 128, 64
 MAX_COPIES = 24
@@ -42,48 +47,106 @@ def baseline_calls(B: int, T: int, S: int, topk: int, copies: int) -> list[Any]:
     return [partial(dense_scores_topk, q, weights, k, topk) for k in keys]
 
 
-def case(B: int, T: int, context: int, topk: int, keys: Any) -> Case:
-    """B requests with T queries each at the end of `context` tokens."""
-    S = context // RATIO
-    num_bytes = B * (S * IndexRecord(J, keys).nbytes + T * (2 * HEADS * J + 4 * HEADS + 4 * topk))
-    copies = max(1, min(MAX_COPIES, -(-COLD_BYTES // num_bytes)))
-    made = [
+def step_cases(
+    B: int, T: int, context: int, topk: int, keys: Any, num_bytes: int
+) -> list[IndexerCase]:
+    """B requests with T queries each at the end of `context` tokens, as often as exceeds L2."""
+    return [
         indexer_case(
             [(context - T, T)] * B, topk, keys, num_heads=HEADS, entries_per_page=PER_PAGE,
             rope_dim=64, seed=i, device="cuda",
         )
-        for i in range(copies)
+        for i in range(max(1, min(MAX_COPIES, -(-COLD_BYTES // num_bytes))))
     ]  # fmt: skip
-    calls = [partial(ops.indexer_scores_topk, **m.args()) for m in made]
+
+
+def launches(kernel: Any, args: dict[str, Any]) -> Any:
+    """A call of a kernel that the op does not take."""
+    return partial(kernel.launch, **args, out=kernel.outputs(**args))
+
+
+@later
+def case(B: int, T: int, context: int, topk: int, keys: Any, kernel: str = "") -> Case:
+    """The op, or its variant for Hopper."""
+    S = context // RATIO
+    num_bytes = B * (S * IndexRecord(J, keys).nbytes + T * (2 * HEADS * J + 4 * HEADS + 4 * topk))
+    made = step_cases(B, T, context, topk, keys, num_bytes)
+    calls = [
+        launches(hopper, m.args()) if kernel else partial(ops.indexer_scores_topk, **m.args())
+        for m in made
+    ]
     visible = sum((context - T + t + 1) // RATIO for t in range(T))
     shape: dict[str, Any] = {"B": B, "context": context, "topk": topk, "keys": keys}
+    shape |= ({"T": T} if T > 1 else {}) | ({"kernel": kernel} if kernel else {})
+    baseline = [] if kernel else baseline_calls(B, T, S, topk, len(made))
     return Case(
-        "indexer_scores_topk", shape if T == 1 else {**shape, "T": T}, calls, num_bytes,
-        flops=2 * B * visible * HEADS * J, is_compute=T > 1, baseline="torch BF16",
-        baseline_calls=baseline_calls(B, T, S, topk, copies),
+        "indexer_scores_topk", shape, calls, num_bytes, flops=2 * B * visible * HEADS * J,
+        is_compute=T > 1, baseline="torch BF16" if baseline else None, baseline_calls=baseline,
     )  # fmt: skip
 
 
-def select_case(T: int, S: int, topk: int) -> Case:
-    """Choice alone, beside torch.topk."""
+@later
+def queries_case(B: int, keys: Any) -> Case:
+    """The first part: RoPE, rotation and rounding of one query of each request."""
+    num_bytes = B * (4 * HEADS * J + 8 * HEADS)
+    calls = []
+    for made in step_cases(B, 1, 8192, 8192 // RATIO, keys, num_bytes):
+        args = made.args()  # all entries are chosen: no scores
+        out = portable.outputs(**args)
+        calls.append(partial(portable.launch_with, lambda *_, **__: None, **args, out=out))
+    return Case("indexer_queries", {"B": B, "keys": keys}, calls, num_bytes)
+
+
+@later
+def scores_case(B: int, context: int, keys: Any) -> Case:
+    """The second part, of queries that are ready."""
+    S = context // RATIO
+    num_bytes = B * (S * (IndexRecord(J, keys).nbytes + 4) + 2 * HEADS * J + 4 * HEADS)
+    calls = []
+    for made in step_cases(B, 1, context, 512, keys, num_bytes):
+        args = made.args()
+        out = portable.outputs(**args)
+        portable.launch(**args, out=out)
+        _, query, weights, _, scores, *_ = out
+        calls.append(
+            partial(
+                portable._launch_scores, query, weights, made.slot, made.position, made.pages,
+                made.page_table, scores, RATIO, PER_PAGE, 512, keys,
+            )
+        )  # fmt: skip
+    shape: dict[str, Any] = {"B": B, "context": context, "keys": keys}
+    return Case("indexer_scores", shape, calls, num_bytes, flops=2 * B * S * HEADS * J)
+
+
+@later
+def select_case(T: int, S: int, topk: int, kernel: str = "") -> Case:
+    """The last part, the choice, beside torch.topk."""
     num_bytes = 4 * T * (S + topk)
     copies = max(1, min(MAX_COPIES, -(-COLD_BYTES // num_bytes)))
     scores = [torch.randn(T, S, device="cuda") for _ in range(copies)]
     lengths = torch.full((T,), S, device="cuda")
+    args = [{"scores": x, "lengths": lengths, "topk": topk} for x in scores]
+    shape: dict[str, Any] = {"T": T, "S": S, "topk": topk}
     return Case(
-        "topk_select", {"T": T, "S": S, "topk": topk},
-        [partial(ops.topk_select, x, lengths, topk) for x in scores], num_bytes,
+        "topk_select", shape | ({"kernel": kernel} if kernel else {}),
+        [launches(topk_select_sm90, a) if kernel else partial(ops.topk_select, **a) for a in args],
+        num_bytes,
         baseline="torch.topk", baseline_calls=[partial(torch.topk, x, topk) for x in scores],
     )  # fmt: skip
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[Later]:
     """Every row of this file."""
-    for T, S in ((1, 2048), (1, 8192), (64, 8192), (1, 32768), (64, 32768), (1, 262144)):
-        yield select_case(T, S, 512)
+    for B, context in DECODE:
+        for kernel in ("", "sm90"):
+            yield select_case(B, context // RATIO, 512, kernel)
     for keys in INDEX_KEYS:
+        for B in (1, 64):
+            yield queries_case(B, keys)
         for B, context in DECODE:
             yield case(B, 1, context, 512, keys)
+            yield case(B, 1, context, 512, keys, "sm90")
+            yield scores_case(B, context, keys)
         for B in (1, 64):
             yield case(B, 1, 32768, 1024, keys)
         for T, context in PREFILL:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from dsv4.ops import linear as ops
-from dsv4.testing.bench import COLD_BYTES, Case, nbytes, run
+from dsv4.testing.bench import COLD_BYTES, Case, Turns, nbytes, run
 from dsv4.testing.cases.linear import FLASH, HEAD_FLASH, JOINED_FLASH, PRO, WIDE_FLASH, tokens
 
 DECODE, PREFILL = (1, 8, 64), (1024, 8192)
-PREFILL_NAMES = ("wq_b", "wo_b")
-PRO_NAMES = ("wq_b", "wo_b")
+GATE_PRO = (384, 7168)
 RATIO = {"csa": 4, "hca": 128}  # places of a window
 
 
@@ -57,13 +56,15 @@ def fp8_cases(
             )
 
 
-def wide_cases(op: str, name: str, shape: tuple[int, int]) -> Iterator[Case]:
+def wide_cases(
+    op: str, name: str, shape: tuple[int, int], counts: tuple[int, ...]
+) -> Iterator[Case]:
     """BF16 weights with FP32 results."""
     N, K = shape
     copies = -(-COLD_BYTES // (2 * N * K)) + 1
     weights = [torch.randn(N, K, device="cuda").to(torch.bfloat16) for _ in range(copies)]
     baseline = partial(torch.mm, out_dtype=torch.float32)
-    for M in DECODE:
+    for M in counts:
         x = tokens(M, K, device="cuda")
         yield Case(
             op,
@@ -71,6 +72,7 @@ def wide_cases(op: str, name: str, shape: tuple[int, int]) -> Iterator[Case]:
             [partial(ops.wide_linear, x, w) for w in weights],
             nbytes(weights[0], x) + 4 * M * N,
             flops=2 * M * N * K,
+            is_compute=M > 256,
             baseline="cuBLAS BF16",
             baseline_calls=[partial(baseline, x, w.T) for w in weights],
         )
@@ -97,19 +99,19 @@ def joined_cases(name: str, parts: list[int], K: int) -> Iterator[Case]:
         )
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Turns:
     """Every row of this file."""
     modes = ("w8a16", "w8a8")
     for name, shape in FLASH.items():
-        counts = DECODE + (PREFILL if name in PREFILL_NAMES else ())
-        yield from fp8_cases(name, shape, counts, modes)
-    for name in PRO_NAMES:
-        yield from fp8_cases(f"pro_{name}", PRO[name], DECODE, modes)
+        yield fp8_cases(name, shape, DECODE + PREFILL, modes)
+    for name, shape in PRO.items():
+        yield fp8_cases(f"pro_{name}", shape, DECODE + PREFILL[-1:], modes)
     for name, parts in JOINED_FLASH.items():
-        yield from joined_cases(name, parts, WIDE_FLASH["gate"][1])
+        yield joined_cases(name, parts, WIDE_FLASH["gate"][1])
     for name, shape in WIDE_FLASH.items():
-        yield from wide_cases("wide_linear", name, shape)
-    yield from wide_cases("lm_head", "", HEAD_FLASH)
+        yield wide_cases("wide_linear", name, shape, DECODE + PREFILL)
+    yield wide_cases("wide_linear", "pro_gate", GATE_PRO, DECODE)
+    yield wide_cases("lm_head", "", HEAD_FLASH, DECODE)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv4.ops import mhc as ops
 from dsv4.reference import mhc as reference
-from dsv4.testing.bench import Case, CompiledOracle, copies, nbytes, run
+from dsv4.testing.bench import Case, CompiledOracle, Later, copies, later, nbytes, run
 from dsv4.testing.cases.mhc import mhc_case
 
 FLASH, PRO = 4096, 7168
@@ -35,6 +35,7 @@ def large_case(op: str, T: int, D: int, **options: Any) -> dict[str, Any]:
     return {k: torch.cat([v] * times) if k in per_token else v for k, v in args.items()}
 
 
+@later
 def case(op: str, T: int, D: int, baseline: CompiledOracle | None, **options: Any) -> Case:
     """One op at one size."""
     args, fn = large_case(op, T, D, **options), getattr(ops, op)
@@ -53,7 +54,7 @@ def case(op: str, T: int, D: int, baseline: CompiledOracle | None, **options: An
     return Case(op, shape, calls, num_bytes, baseline=baseline.NAME, baseline_calls=base)
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[Later]:
     """Every row of this file."""
     for op in ("mhc_post_pre", "mhc_pre_norm", "mhc_post", "hc_head_norm"):
         baseline = CompiledOracle(getattr(reference, op))

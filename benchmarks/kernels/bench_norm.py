@@ -17,7 +17,7 @@ from dsv4.reference import fused
 from dsv4.reference.kv_records import kv_record_pack, kv_record_unpack
 from dsv4.reference.norm import rms_norm, rms_norm_unweighted
 from dsv4.reference.rope import apply_rope
-from dsv4.testing.bench import Case, CompiledOracle, copies, run
+from dsv4.testing.bench import Case, CompiledOracle, Later, Turns, copies, later, run
 from dsv4.testing.cases.cache import EPS
 from dsv4.testing.cases.norm import angles, kv_args, norm_weight
 
@@ -34,6 +34,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
+@later
 def case(
     op: str, shape: dict[str, Any], make: Callable[[], dict[str, Any]], num_bytes: int,
     oracle: CompiledOracle | None = None,
@@ -47,7 +48,7 @@ def case(
     return Case(op, shape, calls, num_bytes, baseline=oracle.NAME, baseline_calls=base)
 
 
-def row_cases() -> Iterator[Case]:
+def row_cases() -> Iterator[Later]:
     for D in (4096, 7168, 1024, 1536):  # hidden sizes and query latents of Flash and Pro
         weight = norm_weight(D, device="cuda")
         plain = CompiledOracle(rms_norm) if D in FLASH else None
@@ -70,7 +71,7 @@ def row_cases() -> Iterator[Case]:
                 )  # fmt: skip
 
 
-def head_cases() -> Iterator[Case]:
+def head_cases() -> Iterator[Later]:
     names = "q_norm_rope", "inverse_rope", "inverse_rope_quant"
     oracles = {name: CompiledOracle(getattr(fused, name)) for name in names}
     for H in (64, 128):
@@ -114,7 +115,7 @@ def q_insert_all(
     return q, insert_all(kv, norm, cos, sin, window, slot, position, end_position, rows, eps)
 
 
-def kv_cases() -> Iterator[Case]:
+def kv_cases() -> Iterator[Later]:
     """Decode has a request a token; prefill requests of 128 tokens, which fill their rings."""
     plain, with_queries = CompiledOracle(insert_all), CompiledOracle(q_insert_all)
     for T in TOKENS:
@@ -134,11 +135,11 @@ def kv_cases() -> Iterator[Case]:
             yield case("q_kv_norm_rope_insert", shape, partial(make, H), both, oracle)
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Turns:
     """Every row of this file."""
-    yield from row_cases()
-    yield from head_cases()
-    yield from kv_cases()
+    yield row_cases()
+    yield head_cases()
+    yield kv_cases()
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import torch
 
 from dsv4.ops import quant as ops
 from dsv4.reference import fused, quant
-from dsv4.testing.bench import Case, CompiledOracle, copies, nbytes, run
+from dsv4.testing.bench import Case, CompiledOracle, Later, Turns, copies, later, nbytes, run
 
 TOKENS = (8192, 1024, 64, 8, 1)
 BF16 = torch.bfloat16
 
 
+@later
 def case(
     op: str, shape: dict[str, Any], make: Callable[[], dict[str, Any]], num_bytes: int,
     oracle: CompiledOracle | None,
@@ -30,9 +31,8 @@ def case(
     return Case(op, shape, calls, num_bytes, baseline=oracle.NAME, baseline_calls=base)
 
 
-def there_and_back(T: int, D: int, baselines: Mapping[str, CompiledOracle]) -> Iterator[Case]:
-    """Activations: from BF16, and back to it."""
-    shape = {"T": T, "D": D}
+def activation_cases(T: int, D: int, baselines: Mapping[str, CompiledOracle]) -> Turns:
+    """Every format of activations."""
     share = torch.tensor(0.002, device="cuda")
     kinds: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         ("fp8_act", {}, ("data", "scale")),
@@ -40,21 +40,29 @@ def there_and_back(T: int, D: int, baselines: Mapping[str, CompiledOracle]) -> I
         ("nvfp4_act", {"global_scale": share}, ("packed", "scale", "global_scale")),
     ]
     for kind, given, names in kinds:
+        yield there_and_back(T, D, kind, given, names, baselines)
 
-        def make(given: Any = given) -> dict[str, Any]:
-            return {"x": torch.randn(T, D, device="cuda", dtype=BF16), **given}
 
-        def back(make: Any = make, kind: str = kind, names: Any = names) -> dict[str, Any]:
-            made = getattr(ops, f"{kind}_quantize")(**make())
-            return dict(zip(names, made, strict=True)) | {"dtype": BF16}
+def there_and_back(
+    T: int, D: int, kind: str, given: dict[str, Any], names: tuple[str, ...],
+    baselines: Mapping[str, CompiledOracle],
+) -> Iterator[Later]:  # fmt: skip
+    """From BF16, and back to it."""
 
-        there, again = f"{kind}_quantize", f"{kind}_dequantize"
-        num_bytes = 2 * T * D + nbytes(*(x for k, x in back().items() if k != "dtype"))
-        yield case(there, shape, make, num_bytes, baselines.get(there))
-        if given:  # the maximum of the tensor itself, which has to be read twice
-            yield case(there, shape | {"amax": "own"}, partial(make, {}), num_bytes + 2 * T * D,
-                       baselines.get(f"{there}, own"))  # fmt: skip
-        yield case(again, shape, back, num_bytes, baselines.get(again))
+    def make(given: dict[str, Any] = given) -> dict[str, Any]:
+        return {"x": torch.randn(T, D, device="cuda", dtype=BF16), **given}
+
+    def back() -> dict[str, Any]:
+        made = getattr(ops, f"{kind}_quantize")(**make())
+        return dict(zip(names, made, strict=True)) | {"dtype": BF16}
+
+    there, again, shape = f"{kind}_quantize", f"{kind}_dequantize", {"T": T, "D": D}
+    num_bytes = 2 * T * D + nbytes(*(x for k, x in back().items() if k != "dtype"))
+    yield case(there, shape, make, num_bytes, baselines.get(there))
+    if given:  # the maximum of the tensor itself, which has to be read twice
+        yield case(there, shape | {"amax": "own"}, partial(make, {}), num_bytes + 2 * T * D,
+                   baselines.get(f"{there}, own"))  # fmt: skip
+    yield case(again, shape, back, num_bytes, baselines.get(again))
 
 
 def baselines() -> dict[str, CompiledOracle]:
@@ -67,7 +75,7 @@ def baselines() -> dict[str, CompiledOracle]:
     return made | {"nvfp4_act_quantize, own": CompiledOracle(fused.nvfp4_act_quantize)}
 
 
-def weight_cases(N: int, K: int) -> Iterator[Case]:
+def weight_cases(N: int, K: int) -> Iterator[Later]:
     shape, num_bytes = {"N": N, "K": K}, 3 * N * K + N * K // 128**2
 
     def make() -> dict[str, Any]:
@@ -90,14 +98,14 @@ def weight_cases(N: int, K: int) -> Iterator[Case]:
     yield case("fp8_block_dequantize", shape, back, num_bytes, back_again)
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Turns:
     """Every row of this file."""
     compiled = baselines()
     for T in TOKENS:
-        yield from there_and_back(T, 4096, compiled)
-    yield from there_and_back(8192, 7168, {})
+        yield activation_cases(T, 4096, compiled)
+    yield activation_cases(8192, 7168, {})
     for N, K in ((4096, 4096), (32768, 1024), (65536, 1536)):  # a shared expert, wq_b of both
-        yield from weight_cases(N, K)
+        yield weight_cases(N, K)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv4.ops import router as ops
 from dsv4.reference import routing as oracle
-from dsv4.testing.bench import Case, CompiledOracle, copies, nbytes, run
+from dsv4.testing.bench import Case, CompiledOracle, Later, Turns, copies, later, nbytes, run
 from dsv4.testing.cases.router import (
     FLASH,
     PRO,
@@ -39,6 +39,7 @@ def logits(T: int, E: int) -> Tensor:
     return 4 * torch.randn(T, E, device="cuda")
 
 
+@later
 def case(
     op: str, shape: dict[str, Any], args: list[dict[str, Any]], num_bytes: int,
     baseline: CompiledOracle | None,
@@ -51,7 +52,7 @@ def case(
     return Case(op, shape, calls, num_bytes, baseline=baseline.NAME, baseline_calls=base)
 
 
-def topk_cases(E: int, K: int) -> Iterator[Case]:
+def topk_cases(E: int, K: int) -> Iterator[Later]:
     baseline = CompiledOracle(oracle.router_topk) if FLASH[0] == E else None
     bias = 0.1 * torch.randn(E, device="cuda")
     for T in TOKENS:
@@ -62,7 +63,7 @@ def topk_cases(E: int, K: int) -> Iterator[Case]:
         yield case("router_topk", {"T": T, "E": E, "K": K}, args, num_bytes, baseline)
 
 
-def hash_cases(E: int, K: int) -> Iterator[Case]:
+def hash_cases(E: int, K: int) -> Iterator[Later]:
     baseline = CompiledOracle(oracle.router_hash)
     table = hash_table(VOCAB, E, K, device="cuda")
     for T in TOKENS:
@@ -76,28 +77,33 @@ def hash_cases(E: int, K: int) -> Iterator[Case]:
         yield case("router_hash", {"T": T, "E": E, "K": K}, args, num_bytes, baseline)
 
 
-def align_cases(E: int, K: int) -> Iterator[Case]:
+@later
+def align_case(T: int, E: int, K: int, baseline: CompiledOracle) -> Case:
+    block = 16 if T <= 64 else 64
+    experts = [distinct_experts(T, E, K, i, "cuda") for i in range(8)]
+    num_bytes = nbytes(experts[0], *ops.moe_align(experts[0], 0, E, block))
+    shape: dict[str, Any] = {"T": T, "E": E, "K": K, "block": block}
+    calls = [partial(ops.moe_align, x, 0, E, block) for x in experts]
+    base = baseline.calls([{"experts": x, "num_experts": E} for x in experts], T)
+    return Case(
+        "moe_align", shape, calls, num_bytes, baseline=f"{baseline.NAME} of a sort",
+        baseline_calls=base,
+    )  # fmt: skip
+
+
+def align_cases(E: int, K: int) -> Iterator[Later]:
     baseline = CompiledOracle(sorted_lists)
     for T in (32768, *TOKENS):
-        block = 16 if T <= 64 else 64
-        experts = [distinct_experts(T, E, K, i, "cuda") for i in range(8)]
-        num_bytes = nbytes(experts[0], *ops.moe_align(experts[0], 0, E, block))
-        shape: dict[str, Any] = {"T": T, "E": E, "K": K, "block": block}
-        calls = [partial(ops.moe_align, x, 0, E, block) for x in experts]
-        base = baseline.calls([{"experts": x, "num_experts": E} for x in experts], T)
-        yield Case(
-            "moe_align", shape, calls, num_bytes, baseline=f"{baseline.NAME} of a sort",
-            baseline_calls=base,
-        )  # fmt: skip
+        yield align_case(T, E, K, baseline)
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Turns:
     """Every row of this file."""
     for E, K in (FLASH, PRO):
-        yield from topk_cases(E, K)
-    yield from hash_cases(*FLASH)
+        yield topk_cases(E, K)
+    yield hash_cases(*FLASH)
     for E, K in (FLASH, PRO):
-        yield from align_cases(E, K)
+        yield align_cases(E, K)
 
 
 if __name__ == "__main__":

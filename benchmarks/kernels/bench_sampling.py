@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4.ops import sampling as ops
-from dsv4.testing.bench import Case, CompiledOracle, copies, nbytes, run
+from dsv4.testing.bench import Case, CompiledOracle, Later, Turns, copies, later, nbytes, run
 from dsv4.testing.cases.sampling import VOCAB, logit_rows, request_rows
 
 BATCHES = 8192, 1024, 64, 8, 1
@@ -66,28 +66,35 @@ def baseline_args(mode: str, logits: Tensor, rows: dict[str, Tensor]) -> dict[st
     return args | {"k": rows.get("top_k", torch.full_like(rows["seed"], VOCAB)), "p": rows["top_p"]}
 
 
+@later
+def sample_case(
+    B: int, mode: str, kind: str, dtype: torch.dtype, baseline: CompiledOracle
+) -> Case:  # fmt: skip
+    rows = {k: x.cuda() for k, x in request_rows(B, **MODES[mode]).items()}
+    first = some_rows(kind, dtype).repeat(-(-B // OTHER_ROWS), 1)[:B].contiguous()
+    logits = [first.roll(37 * i, 1) for i in range(copies(nbytes(first)))]
+    shape = {"B": B, "V": VOCAB, "mode": mode, "logits": kind, "dtype": str(dtype)[6:]}
+    return Case(
+        "sample", shape, [partial(ops.sample, x, **rows) for x in logits],
+        nbytes(first), baseline=f"{baseline.NAME} of a batch",
+        baseline_calls=baseline.calls([baseline_args(mode, x, rows) for x in logits], B),
+    )  # fmt: skip
+
+
 def sample_cases(
     mode: str, kind: str, dtype: torch.dtype, batches: tuple[int, ...] = BATCHES
-) -> Iterator[Case]:
+) -> Iterator[Later]:
     baseline = CompiledOracle({"greedy": greedy, "plain": gumbel}.get(mode, sorted_filters))
     for B in batches:
-        rows = {k: x.cuda() for k, x in request_rows(B, **MODES[mode]).items()}
-        first = some_rows(kind, dtype).repeat(-(-B // OTHER_ROWS), 1)[:B].contiguous()
-        logits = [first.roll(37 * i, 1) for i in range(copies(nbytes(first)))]
-        shape = {"B": B, "V": VOCAB, "mode": mode, "logits": kind, "dtype": str(dtype)[6:]}
-        yield Case(
-            "sample", shape, [partial(ops.sample, x, **rows) for x in logits],
-            nbytes(first), baseline=f"{baseline.NAME} of a batch",
-            baseline_calls=baseline.calls([baseline_args(mode, x, rows) for x in logits], B),
-        )  # fmt: skip
+        yield sample_case(B, mode, kind, dtype, baseline)
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Turns:
     """Every row of this file."""
     for mode in MODES:
-        yield from sample_cases(mode, "peaked", torch.float32)
-    yield from sample_cases("greedy", "peaked", torch.bfloat16, FEW_BATCHES)
-    yield from sample_cases("top_p", "flat", torch.float32, FEW_BATCHES)
+        yield sample_cases(mode, "peaked", torch.float32)
+    yield sample_cases("greedy", "peaked", torch.bfloat16, FEW_BATCHES)
+    yield sample_cases("top_p", "flat", torch.float32, FEW_BATCHES)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,19 +82,23 @@ def _run_steps(args: Namespace, terminal: Terminal, model: ProductionModel, peak
     from dsv4.engine.plot import Point
 
     points: dict[tuple[int, int], Point] = {}
+    errors: list[Exception] = []
     for batch in args.batch if args.phase == "decode" else [1]:
         for context in args.context:
-            if args.phase == "decode":
-                row, times, floor_us = decode_row(args, model, batch, context, peak)
-                points[batch, context] = Point(batch, times, floor_us)
-            else:
-                row, times = prefill_row(args, model, context)
-            terminal.data(step_line(row))
-            if args.kernels:
-                terminal.data(kernel_table(times))
-            _keep(args, row)
-    if args.plot:
+            with _others_go_on(terminal, f"batch {batch}, context {context}", errors):
+                if args.phase == "decode":
+                    row, times, floor_us = decode_row(args, model, batch, context, peak)
+                    points[batch, context] = Point(batch, times, floor_us)
+                else:
+                    row, times = prefill_row(args, model, context)
+                terminal.data(step_line(row))
+                if args.kernels:
+                    terminal.data(kernel_table(times))
+                _keep(args, row)
+    if args.plot and points:
         _plot(args, points)
+    if errors:
+        raise errors[0]
 
 
 def _run_loads(
@@ -103,10 +109,24 @@ def _run_loads(
 
     engine = Engine(model)
     terminal.note(f"weights {gib(model.weight_bytes)}; ready")
+    errors: list[Exception] = []
     for load in loads:
-        row = load_row(args, engine, load)
-        terminal.data(load_line(row))
-        _keep(args, row)
+        with _others_go_on(terminal, f"rate {load.rate:g}", errors):
+            row = load_row(args, engine, load)
+            terminal.data(load_line(row))
+            _keep(args, row)
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def _others_go_on(terminal: Terminal, row: str, errors: list[Exception]) -> Iterator[None]:
+    """A row that fails is named and kept in `errors`, which end the command after the others."""
+    try:
+        yield
+    except Exception as error:
+        terminal.note(f"{row}: {type(error).__name__}: {error}")
+        errors.append(error)
 
 
 def _loads(args: Namespace) -> list[Load]:

@@ -27,11 +27,13 @@ def decode_row(
     from dsv4.engine.stepper import Stepper
 
     requests = fill_contexts(model, batch, context)
-    stepper = Stepper(model, [batch])
-    stepper.capture()
-    times = time_decode(stepper, requests, _trace(args))
-    for request in requests:
-        model.cache.release(request)
+    try:
+        stepper = Stepper(model, [batch])
+        stepper.capture()
+        times = time_decode(stepper, requests, _trace(args))
+    finally:
+        for request in requests:
+            model.cache.release(request)
     nbytes = step_bytes(model.config, batch, context, experts_hit=times.experts_hit).total
     shape = {**_shape(args, model), "context": context, "B": batch}
     gbps = nbytes / times.us / 1e3

@@ -6,10 +6,14 @@ A row is one JSON object, the same for people (a line of a table) and for the ba
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache, partial
@@ -17,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn, ParamSpec
 
 import torch
 from torch import Tensor
@@ -30,6 +34,7 @@ COMPILE_S = 20.0  # for all baselines of a run
 RECOMPILES = 64  # of one oracle; torch gives up after 8
 
 Call = Callable[[], object]
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,15 @@ class Case:
     is_compute: bool = False
     baseline: str | None = None
     baseline_calls: Sequence[Call] = ()
+
+
+Later = Callable[[], Case]
+Turns = Iterable["Case | Later | Turns"]  # cases, some not yet made, some in groups
+
+
+def later(make: Callable[P, Case]) -> Callable[P, Later]:
+    """`make`, put off until the case's turn comes: what fails in it is one row, not the rest."""
+    return lambda *args, **kwargs: partial(make, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -217,8 +231,13 @@ def measure(case: Case, peak_gbps: float, peak_tflops: float) -> list[Row]:
     times = {"cold": cold_us(case.calls, case.nbytes), "warm": warm_us(case.calls)}
     base: dict[str, float | None] = {"cold": None, "warm": None}
     if case.baseline_calls:
-        base["cold"] = cold_us(case.baseline_calls, case.nbytes)
-        base["warm"] = warm_us(case.baseline_calls)
+        try:
+            cold = cold_us(case.baseline_calls, case.nbytes)
+            base = {"cold": cold, "warm": warm_us(case.baseline_calls)}
+        except Exception as error:
+            if not _is_device_alive():
+                raise
+            print(f"no baseline: {case.op} {case.shape}: {_words(error)}", flush=True)
     is_latency = case.nbytes / peak_gbps / 1e3 < LATENCY_US
     of_run = about(torch.device("cuda"))
     rows = []
@@ -235,33 +254,140 @@ def measure(case: Case, peak_gbps: float, peak_tflops: float) -> list[Row]:
     return rows
 
 
-def run(cases: Iterable[Case], description: str) -> None:
-    """Measure and print every case; `--json PATH` writes the rows, one object a line."""
+def run(cases: Turns, description: str) -> None:
+    """Measure and print every case; `--json PATH` writes the rows, one object a line.
+
+    A case that fails is reported, and the others are still measured; the exit status is 1 then.
+    If making the cases fails, the rest of their group is lost, and the failure is reported.
+    """
+    flags = _flags(description)
+    CompiledOracle.limit_s = flags.compile_s
+    start = time.perf_counter()
+    peak, rate = (0.0, 0.0) if flags.once else (read_gbps(), bf16_tflops())
+    print(f"read bandwidth {peak:.0f} GB/s, BF16 rate {rate:.0f} TFLOP/s", flush=True)
+    failed, (shard, shards) = flags.failed, flags.shard
+    for number, turn in enumerate(_turns(cases)):
+        if number < flags.first or number % shards != shard - 1:
+            continue
+        try:
+            _take(turn, flags, peak, rate)
+        except Exception as error:  # of whatever kernel or compiler
+            failed += 1
+            print(f"FAILED: case {number}, {_named(turn)}: {_words(error)}", flush=True)
+            traceback.print_exc()
+        else:
+            continue
+        if not _is_device_alive():
+            _go_on(number + 1, failed)
+    spent = time.perf_counter() - start
+    print(f"{spent:.0f} s, {CompiledOracle.spent_s:.0f} of them compiling baselines")
+    if failed:
+        sys.exit(f"{failed} cases failed")
+
+
+def _flags(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="file the rows are added to")
     parser.add_argument("--only", default="", help="part of an op's name")
     parser.add_argument(
+        "--shard", type=_shard, default=(1, 1), metavar="I/N",
+        help="every Nth case from the Ith on, for one GPU of several",
+    )  # fmt: skip
+    parser.add_argument(
+        "--once", action="store_true",
+        help="call everything once and time nothing, which fills the compilers' caches",
+    )  # fmt: skip
+    parser.add_argument(
         "--compile-s", type=float, default=COMPILE_S, metavar="S",
         help=f"seconds for compiling baselines ({COMPILE_S:g}); those after it are left out",
     )  # fmt: skip
+    for name in ("--first", "--failed"):  # where a process goes on after another lost the device
+        parser.add_argument(name, type=int, default=0, help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    CompiledOracle.limit_s = flags.compile_s
-    start = time.perf_counter()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    peak = read_gbps()
-    rate = bf16_tflops()
-    print(f"read bandwidth {peak:.0f} GB/s, BF16 rate {rate:.0f} TFLOP/s", flush=True)
-    for case in cases:
-        if flags.only not in case.op:
-            continue
-        for row in measure(case, peak, rate):
-            print(_line(row), flush=True)
-            if flags.json:
-                with flags.json.open("a") as file:
-                    file.write(json.dumps(asdict(row)) + "\n")
-    spent = time.perf_counter() - start
-    print(f"{spent:.0f} s, {CompiledOracle.spent_s:.0f} of them compiling baselines")
+    return flags
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """The value of --shard."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, got {text!r}")
+    return int(index), int(count)
+
+
+def _turns(cases: Turns) -> Iterator[Later]:
+    """The cases one by one; where making them fails, that failure is the last of its group."""
+
+    def fail(error: Exception) -> NoReturn:
+        raise error
+
+    turns = iter(cases)
+    while True:
+        try:
+            case = next(turns)
+        except StopIteration:
+            return
+        except Exception as error:
+            yield partial(fail, error)
+            return
+        if isinstance(case, Case):
+            yield partial(lambda x: x, case)
+        elif isinstance(case, Iterable):
+            yield from _turns(case)
+        else:
+            yield case
+
+
+def _take(turn: Later, flags: argparse.Namespace, peak: float, rate: float) -> None:
+    """Make and measure one case; its buffers are gone afterwards."""
+    case = turn()
+    if flags.only not in case.op:
+        return
+    if flags.once:
+        for calls in (case.calls, case.baseline_calls):
+            for call in calls[:1]:
+                call()
+        torch.cuda.synchronize()
+        return
+    for row in measure(case, peak, rate):
+        print(_line(row), flush=True)
+        if flags.json:
+            with flags.json.open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
+
+
+def _named(turn: Any) -> str:
+    """What a case is made from, as far as it fits a line."""
+    (*_, made) = turn.args or (None,)
+    if isinstance(made, Case):
+        return f"{made.op} {made.shape}"
+    given = [*turn.args, *turn.keywords.values()]
+    return f"{turn.func.__name__} {[x for x in given if isinstance(x, str | int | dict)]}"
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _is_device_alive() -> bool:
+    """Whether the device still works after an error; memory that it left over is given back."""
+    gc.collect()
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.zeros(1, device="cuda").item()
+    except Exception:
+        return False
+    return True
+
+
+def _go_on(number: int, failed: int) -> NoReturn:
+    """The same command again from case `number` on: after some errors a process has no device."""
+    print(f"the device is lost to this process, a new one goes on at case {number}", flush=True)
+    rest = "--first", str(number), "--failed", str(failed)
+    os.execv(sys.executable, [*sys.orig_argv, *rest])
 
 
 def _replay_us(calls: Sequence[Call], launches: int) -> float:

@@ -5,10 +5,11 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import dsv4.cli.bench as bench
 from dsv4.cli.bench_rows import load_line, load_row
-from dsv4.cli.main import HARDWARE, OK, USAGE, build_parser
+from dsv4.cli.main import HARDWARE, MEMORY, OK, USAGE, build_parser
 from dsv4.core.config import ModelConfig
 from dsv4.engine import bench as engine_bench
 from dsv4.engine.bench import KernelTime, StepTime
@@ -102,6 +103,26 @@ def test_rows_and_picture_of_decode_steps(dsv4, without_gpu, tmp_path):
     assert "B=8: 200 us, 40,000 tokens/s, 3 launches" in out
     assert "slow " in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_that_fails_is_named_and_the_others_are_kept(
+    dsv4, without_gpu, monkeypatch, tmp_path
+):
+    def time_decode(stepper, requests, trace):
+        if len(requests) == 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return STEP
+
+    monkeypatch.setattr(engine_bench, "time_decode", time_decode)
+    released, rows = [], tmp_path / "rows.jsonl"
+    monkeypatch.setattr(without_gpu.cache, "release", released.append)
+    sizes = "--batch", "1", "8", "2", "--context", "128"
+    code, out, err = dsv4("bench", "decode", "flash", *sizes, "--json", str(rows))
+    assert code == MEMORY
+    assert "batch 8, context 128: OutOfMemoryError" in err
+    assert [json.loads(line)["shape"]["B"] for line in rows.read_text().splitlines()] == [1, 2]
+    assert len(released) == 1 + 8 + 2
+    assert out.count("tokens/s") == 2
 
 
 def test_rows_of_prefill(dsv4, without_gpu, tmp_path):

@@ -1,6 +1,11 @@
-"""The baseline of benchmarks: compiled for any number of tokens, or left out with a reason."""
+"""Benchmarks: one failing case is not the end; baselines are compiled once, or left out."""
 
+import json
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dsv4.reference import routing
-from dsv4.testing.bench import COLD_BYTES, CompiledOracle, copies
+from dsv4.testing import bench
+from dsv4.testing.bench import COLD_BYTES, Case, CompiledOracle, Later, Turns, copies, later
 from dsv4.testing.cases import DEVICE
 from dsv4.testing.cases.router import SCALING, router_logits
 
@@ -81,3 +87,116 @@ def test_copies_exceed_the_cache() -> None:
     assert copies(COLD_BYTES // 10) in (10, 11)
     assert copies(1, most=7) == 7
     assert partial(copies, 1)() == 48
+
+
+def timed(case: Case, *_: float) -> list[bench.Row]:
+    """Stands in for `measure`: calls, and times nothing."""
+    case.calls[0]()
+    about = dict.fromkeys(("gpu", "torch", "triton", "commit", "date"), "")
+    return [bench.Row(case.op, case.shape, 1.0, 0.0, 0.0, None, "cold", None, None, **about)]
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs cases as on a GPU; gives T of the rows written, and the exit status."""
+    for name in ("read_gbps", "bf16_tflops"):
+        monkeypatch.setattr(bench, name, lambda: 1.0)
+    monkeypatch.setattr(bench, "measure", timed)
+    monkeypatch.setattr(bench, "_is_device_alive", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def run(cases: Turns, *flags: str) -> tuple[list[Any], Any]:
+        path, status = tmp_path / "rows.jsonl", 0
+        path.write_text("")
+        monkeypatch.setattr(sys, "argv", ["bench", "--json", str(path), *flags])
+        try:
+            bench.run(cases, "cases of a test")
+        except SystemExit as end:
+            status = end.code
+        return [json.loads(x)["shape"]["T"] for x in path.read_text().splitlines()], status
+
+    return run
+
+
+def broken() -> None:
+    raise RuntimeError("no kernel image\nmore")
+
+
+def case(T: int, op: str = "op") -> Case:
+    return Case(op, {"T": T}, [broken if T % 10 == 3 else lambda: None], 1)
+
+
+@later
+def made_late(T: int) -> Case:
+    if T % 10 == 4:
+        broken()
+    return case(T)
+
+
+def group(start: int, end: int = 3) -> Iterator[Later]:
+    for T in range(end):
+        yield made_late(start + T)
+    broken()
+
+
+def test_a_case_that_fails_is_reported_and_the_others_are_written(
+    rows: Any, capsys: pytest.CaptureFixture
+) -> None:
+    found, status = rows([case(1), made_late(2), case(3), made_late(4), case(5)])
+    assert (found, status) == ([1, 2, 5], "2 cases failed")
+    said = [x for x in capsys.readouterr().out.splitlines() if x.startswith("FAILED")]
+    assert said == [
+        "FAILED: case 2, op {'T': 3}: RuntimeError: no kernel image",
+        "FAILED: case 3, made_late [4]: RuntimeError: no kernel image",
+    ]
+
+
+def test_a_group_that_cannot_go_on_ends_alone(rows: Any) -> None:
+    assert rows([group(10), case(1), group(20), made_late(2)]) == (
+        [10, 11, 12, 1, 20, 21, 22, 2], "2 cases failed"
+    )  # fmt: skip
+
+
+def test_shards_are_all_cases(rows: Any) -> None:
+    cases = [made_late(T) for T in (0, 1, 2, 5, 6, 7, 8)]
+    parts = [rows(cases, "--shard", f"{i}/3")[0] for i in (1, 2, 3)]
+    assert parts == [[0, 5, 8], [1, 6], [2, 7]]
+    for text in ("0/2", "3/2", "2", "a/b"):
+        with pytest.raises(ArgumentTypeError, match="expected I/N"):
+            bench._shard(text)
+
+
+def test_once_calls_and_writes_nothing(rows: Any) -> None:
+    called: list[int] = []
+    cases = [Case("op", {"T": i}, [partial(called.append, i)] * 2, 1) for i in (1, 2)]
+    assert rows([*cases, case(3)], "--once") == ([], "1 cases failed")
+    assert called == [1, 2]
+
+
+def test_a_lost_device_is_left_to_a_new_process(rows: Any, monkeypatch: Any) -> None:
+    started: list[list[str]] = []
+
+    def become(program: str, command: list[str]) -> None:
+        started.append(command[-4:])
+        raise SystemExit("new")
+
+    monkeypatch.setattr(bench, "_is_device_alive", lambda: False)
+    monkeypatch.setattr("os.execv", become)
+    cases = [case(1), case(3), case(5), case(13), case(7)]
+    assert rows(cases) == ([1], "new")
+    assert rows(cases, *started[-1]) == ([5], "new")
+    assert rows(cases, *started[-1]) == ([7], "2 cases failed")
+
+
+def test_a_baseline_that_fails_leaves_the_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(bench, "_is_device_alive", lambda: True)
+    monkeypatch.setattr(bench, "warm_us", lambda calls: calls[0]() or 1.0)
+    monkeypatch.setattr(bench, "cold_us", lambda calls, size: calls[0]() or 1.0)
+    about = dict.fromkeys(("gpu", "torch", "triton", "commit", "date"), "")
+    monkeypatch.setattr(bench, "about", lambda device: about)
+    given = Case("op", {"T": 1}, [lambda: None], 1, baseline="b", baseline_calls=[broken])
+    assert [(r.us, r.baseline_us) for r in bench.measure(given, 1.0, 1.0)] == [(1.0, None)] * 2
+    assert "no baseline: op {'T': 1}: RuntimeError" in capsys.readouterr().out

@@ -38,6 +38,11 @@ def test_the_order_of_a_shape_is_no_key(tmp_path: Path) -> None:
     assert len(merge(tmp_path, [row("a", 2.0, name="x", M=1)])) == 1
 
 
+def test_a_row_of_another_library_has_no_state_of_l2(tmp_path: Path) -> None:
+    other = {"op": "a", "shape": {"T": 1, "mode": "eager"}, "us": None, "gpu": GPU}
+    assert merge(tmp_path, [row("a", 1.0, T=1), other, other])[1:] == [other]
+
+
 def test_the_baselines_on_file_are_merged_already(tmp_path: Path) -> None:
     file = TOOL.parents[1] / "benchmarks" / "baselines" / "nvidia-h200.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
