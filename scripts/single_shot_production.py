@@ -19,6 +19,7 @@ from dsv4.core.inventory import of_trunk
 from dsv4.core.taps import capture
 from dsv4.diff.dump import DumpInfo, write_dump
 from dsv4.engine.model import EngineLimits, ProductionModel
+from dsv4.engine.single import SingleSequence
 from dsv4.loader import Checkpoint
 from dsv4.text.detokenize import Detokenizer
 from dsv4.text.tokenizer import Tokenizer
@@ -41,28 +42,23 @@ ids = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
 limits = EngineLimits(max_context=len(ids) + args.max_tokens, max_rows=len(ids))
 stored = checkpoint.stream(keep=of_trunk)
 model = ProductionModel(checkpoint.config, stored, args.device, limits)
+
+# 2. On a GPU a whole step of one token, from its id to its logits, is recorded as one CUDA graph.
+one = SingleSequence(model)
+if model.device.type == "cuda":
+    one.capture()
 print(f"loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
-
-# 2. A step: pages are taken before it, its rows run, its tokens count afterwards.
-def feed(new: list[int]) -> torch.Tensor:
-    step = model.prepare([(request, len(new))])
-    rows = torch.tensor(new, device=args.device)
-    streams = model.streams(step, rows, is_prefill=len(new) > 1)
-    step.commit()
-    return model.trunk.logits(streams)[-1]
-
-
-# 3. Prefill: the whole prompt in one step.
-request = model.cache.admit(ids)
+# 3. Prefill: the whole prompt in one step, eagerly.
+cache = one.new_cache()
 with capture(["*"] if args.dump else []) as taps:
-    logits = feed(ids)
+    logits = one.forward(torch.tensor(ids, device=args.device), cache)[-1]
 if args.dump:
     name, config = Path(folder).resolve().name, config_hash(checkpoint.config)
     info = DumpInfo(2, "bfloat16", name, config, tuple(ids), "production")
     write_dump(args.dump, taps.tensors(), info)
 
-# 4. Decode: greedy, one token a step, until end of sequence.
+# 4. Decode: greedy, one token a step (a replay where it was recorded), until end of sequence.
 detokenizer, text = Detokenizer(tokenizer), ""
 for count in range(1, args.max_tokens + 1):
     token = int(logits.argmax())
@@ -72,7 +68,7 @@ for count in range(1, args.max_tokens + 1):
     text += piece
     print(piece, end="", flush=True)
     if count < args.max_tokens:
-        logits = feed([token])
+        logits = one.forward(torch.tensor([token], device=args.device), cache)[-1]
 text += detokenizer.flush()
 print()
 

@@ -184,17 +184,19 @@ def load_model(args: Namespace, terminal: Terminal) -> Loaded:
     start = time.perf_counter()
     folder, config = model_folder(args.model), model_config(args.model)
     tokenizer = open_tokenizer(args.model, config)  # refused before the weights are read
-    runner, name = load_runner(args, terminal)
+    runner, name = load_runner(args, terminal, will_generate=True)
     load_s = time.perf_counter() - start
     return Loaded(runner, tokenizer, stop_ids(folder, config), name, load_s)
 
 
 def load_runner(
-    args: Namespace, terminal: Terminal, random: ModelConfig | None = None
-) -> tuple[Runner, str]:
+    args: Namespace, terminal: Terminal, random: ModelConfig | None = None,
+    will_generate: bool = False,
+) -> tuple[Runner, str]:  # fmt: skip
     """Read the weights of MODEL and build the tier; the runner and the model's name. No text.
 
-    random  the config of a model of random weights, which has no files
+    random         the config of a model of random weights, which has no files
+    will_generate  make it ready for many steps of one token
     """
     _check_runtime(args)
     check_device(args.device)
@@ -210,7 +212,7 @@ def load_runner(
     name = NANO if args.model == NANO else folder.resolve().name
     with terminal.progress("loading") as progress:
         if args.tier == 2:
-            return load_production(args, checkpoint, progress), name
+            return load_production(args, checkpoint, progress, will_generate), name
         weights = checkpoint.load(progress)
     return _build(args, checkpoint.config, weights), name
 

@@ -59,12 +59,20 @@ def check_production(args: Namespace) -> None:
         raise error
 
 
-def load_production(args: Namespace, checkpoint: Checkpoint, progress: Any) -> SingleSequence:
-    """Copy the checkpoint to the device, tensor by tensor, and allocate the cache."""
+def load_production(
+    args: Namespace, checkpoint: Checkpoint, progress: Any, will_generate: bool
+) -> SingleSequence:
+    """Copy the checkpoint to the device, tensor by tensor, and allocate the cache.
+
+    will_generate  on a GPU, record the decode step as a CUDA graph
+    """
     from dsv4.core.inventory import of_trunk
 
     stored = checkpoint.stream(progress, keep=of_trunk)
-    return _production(args, checkpoint.config, stored)
+    one = _production(args, checkpoint.config, stored)
+    if will_generate and one.device.type == "cuda":
+        one.capture()
+    return one
 
 
 def load_random(args: Namespace, config: ModelConfig) -> SingleSequence:

@@ -55,6 +55,11 @@ def tap(name: str, x: Tensor) -> None:
         active.add(name, x)
 
 
+def is_capturing() -> bool:
+    """Whether a capture is on. A replayed CUDA graph would not be seen by it."""
+    return _ACTIVE.get() is not None
+
+
 @contextmanager
 def capture(globs: Iterable[str] = ("*",)) -> Iterator[Capture]:
     """Collect every tap whose name matches one of `globs` while the block runs."""

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dsv4.cache.request import Step
 from dsv4.core.sampling import SamplingParams
+from dsv4.engine.graphs import record
 from dsv4.engine.model import ProductionModel
 from dsv4.engine.warm_up import prompts, size_classes
-from dsv4.kernels.common.cuda import shared_counters
 from dsv4.layers.batch import Batch
 from dsv4.ops.sampling import sample
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 MAX_TEMPERATURE, MAX_TOP_K = 1e38, (1 << 31) - 1  # what the table's columns hold
-WARM_UPS = 2  # runs of a step before its capture
 
 
 class SlotTable:
@@ -178,26 +178,9 @@ class Stepper:
         for size in reversed(self.sizes):  # the largest first: later graphs fit in its memory
             for is_filtered in (False, True):
                 step = self.model.prepare([], num_rows=size * self.rows_each)
-                self._graphs[size, is_filtered] = self._record(step, is_filtered)
+                work = partial(self._decode, step, is_filtered)
+                self._graphs[size, is_filtered] = record(work, self.model.device, self._pool)
                 step.commit()
-
-    def _record(self, step: Step, is_filtered: bool) -> Callable[[], Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._decode(step, is_filtered)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Graphs of one stepper run one after the other, so they may share counters and memory.
-        with shared_counters(self.model.device), torch.cuda.graph(graph, pool=self._pool):
-            chosen = self._decode(step, is_filtered)
-
-        def run() -> Tensor:
-            graph.replay()
-            return chosen
-
-        return run
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:

@@ -1,9 +1,15 @@
 """The flags of tier 2, and its gate: the bundled model through the kernels."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+import dsv4.cli.model as cli_model
+import dsv4.cli.tier2 as tier2
 import dsv4.kernels.common.launch as launch
 from dsv4.cli.main import FAILED, HARDWARE, OK, USAGE
+from dsv4.core.errors import RequestError
 from dsv4.layers.moe import SharedExpert
 from support.oracle_ops import use_oracles
 
@@ -78,6 +84,43 @@ def test_more_than_one_token(dsv4, monkeypatch):
     one, two = (dsv4("generate", "nano", "--tier", tier, *words)[1] for tier in ("1", "2"))
     assert one == two
     assert "Tokyo" in two
+
+
+@pytest.mark.parametrize(
+    ("argv", "will_generate"),
+    [
+        (PARIS, True),
+        (["chat", "nano", "--tier", "2"], True),
+        (["dump", *PARIS[1:], "--out", "taps"], False),
+        (["diff", "nano", "--tiers", "2,1", "-p", "x"], False),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_verbs_that_generate_ask_for_a_recorded_step(
+    dsv4, monkeypatch, tmp_path, argv, will_generate
+):
+    asked = []
+
+    def refuse(args, checkpoint, progress, will_generate):
+        asked.append(will_generate)
+        raise RequestError("model", "another one", "this one")
+
+    monkeypatch.setattr(cli_model, "load_production", refuse)
+    monkeypatch.chdir(tmp_path)
+    assert dsv4(*argv)[0] == USAGE
+    assert asked == [will_generate]
+
+
+@pytest.mark.parametrize(("device", "num_captures"), [("cuda", 1), ("cpu", 0)])
+def test_the_step_is_recorded_on_a_gpu(monkeypatch, device, num_captures):
+    captures = []
+    one = SimpleNamespace(device=torch.device(device), capture=lambda: captures.append(1))
+    monkeypatch.setattr(tier2, "_production", lambda *args: one)
+    checkpoint = SimpleNamespace(stream=lambda *args, **kw: (), config=None)
+    assert tier2.load_production(None, checkpoint, None, will_generate=False) is one
+    assert not captures
+    assert tier2.load_production(None, checkpoint, None, will_generate=True) is one
+    assert len(captures) == num_captures
 
 
 @pytest.mark.parametrize(

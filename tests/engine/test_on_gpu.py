@@ -16,6 +16,7 @@ import dsv4.nano
 from dsv4.cache.request import Step
 from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
+from dsv4.core.taps import capture
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
@@ -23,6 +24,7 @@ from dsv4.engine.single import SingleSequence
 from dsv4.engine.stepper import DECODE_SIZES, Stepper
 from dsv4.engine.warm_up import prompts
 from dsv4.loader import Checkpoint
+from dsv4.model.block import FUSED
 from dsv4.text.tokenizer import Tokenizer
 from support.decode_digest import digest
 
@@ -31,10 +33,10 @@ LIMITS = EngineLimits(max_context=2048, max_requests=8, max_rows=512)
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
-def model(limits: EngineLimits = LIMITS) -> ProductionModel:
+def model(limits: EngineLimits = LIMITS, **rest: Any) -> ProductionModel:
     checkpoint = Checkpoint.open(dsv4.nano.path())
     stored = checkpoint.stream(keep=of_trunk)
-    return ProductionModel(checkpoint.config, stored, "cuda", limits)
+    return ProductionModel(checkpoint.config, stored, "cuda", limits, **rest)
 
 
 def answers(engine: Engine, work: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
@@ -115,6 +117,52 @@ def test_drafts_change_nothing() -> None:
     work = some_work()
     engine = Engine(drafting, DraftingStepper(drafting))
     assert answers(engine, work) == answers(Engine(model()), work)
+
+
+@pytest.mark.parametrize("unfused", [(), FUSED], ids=["fused", "parts"])
+def test_a_recorded_step_of_one_sequence_equals_the_eager_step(unfused: tuple[str, ...]) -> None:
+    """Two prompts one after another past 128 tokens; all logits are kept to the end."""
+    eager, recorded = (SingleSequence(model(unfused=unfused)) for _ in range(2))
+    recorded.capture()
+    prompts = [torch.arange(n, device="cuda") * 37 % 4096 for n in (100, 3)]
+    found, taps = [], []
+    for one in (eager, recorded):
+        calls, run = [], one.model.streams
+
+        def watched(*args: Any, calls: list = calls, run: Any = run, **kw: Any) -> torch.Tensor:
+            calls.append(args)
+            return run(*args, **kw)
+
+        one.model.streams = watched
+        rows = []
+        for prompt in prompts:
+            cache, ids = one.new_cache(), prompt
+            for _ in range(140):
+                rows.append(one.forward(ids, cache, last_only=True))
+                ids = rows[-1].argmax(dim=1)
+        assert len(calls) == (2 * 140 if one is eager else 2)  # prompts alone run eagerly
+        with capture() as seen:
+            rows.append(one.forward(ids, cache))
+        found.append(torch.cat(rows))
+        taps.append(seen.tensors())
+    assert torch.equal(*found)
+    assert list(taps[0]) == list(taps[1])
+    assert "logits" in taps[1]
+    assert all(torch.equal(x, taps[1][name]) for name, x in taps[0].items())
+
+
+def test_sequences_one_after_another_allocate_nothing() -> None:
+    one = SingleSequence(model())
+    one.capture()
+    held = []
+    for n in (7, 300, 40, 7):
+        cache = one.new_cache()
+        ids = one.forward(torch.arange(n, device="cuda"), cache, last_only=True).argmax(dim=1)
+        for _ in range(20):
+            ids = one.forward(ids, cache).argmax(dim=1)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1:] == held[1:2] * 3
 
 
 def test_logits_of_a_row_do_not_depend_on_its_chunk() -> None:
