@@ -2,9 +2,10 @@
 
 `python tools/sanitize.py [--family NAME ...] [--tool memcheck racecheck] [--jobs N] [--json FILE]`
 
-Each family of kernels runs in a process of its own for each tool, several at a time: all calls of
-dsv4.testing.small_calls at three numbers of tokens, every allocation by itself, so that what lies
-beside a tensor is nobody's. The exit status is 1 if anything was found or did not run.
+All calls of dsv4.testing.small_calls, every allocation by itself, so that what lies beside a tensor
+is nobody's. Each family of kernels runs in a process of its own for each tool and each number of
+tokens, several at a time, on all GPUs that CUDA_VISIBLE_DEVICES leaves, in turn. The exit status is
+1 if anything was found or did not run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import cycle, product
 from pathlib import Path
 
-from sanitize_report import Result, read_log, table
+import torch
+from sanitize_report import Result, joined, read_log, table
 
-from dsv4.testing.small_calls import FAMILIES, TOKENS
+from dsv4.testing.small_calls import FAMILIES
 
 TOOLS = "memcheck", "racecheck"
 PLACES = "/usr/local/cuda/bin", "/opt/cuda/bin"
@@ -50,14 +53,21 @@ def find_sanitizer() -> str:
     raise SanitizerMissing(MISSING)
 
 
-def sanitize(program: str, family: str, tool: str, tokens: Sequence[int], limit: float) -> Result:
+def gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, one GPU each."""
+    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return given.split(",")
+    return [str(i) for i in range(max(torch.cuda.device_count(), 1))]
+
+
+def sanitize(program: str, family: str, tool: str, tokens: int, gpu: str, limit: float) -> Result:
     """Run one family under one tool."""
     command = [
         program, "--tool", tool, "--report-api-errors", "no", "--print-limit", "5",
-        sys.executable, str(CHILD), family, *map(str, tokens),
+        sys.executable, str(CHILD), family, str(tokens),
     ]  # fmt: skip
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_MODULE_LOADING": "LAZY"}
+    environment |= {"CUDA_MODULE_LOADING": "LAZY", "CUDA_VISIBLE_DEVICES": gpu}
     start, is_over = time.perf_counter(), False
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -77,14 +87,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", nargs="+", help="families of kernels; all unless given")
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", help="of a call; three numbers unless given"
-    )
-    parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)))
+    parser.add_argument("--tokens", type=int, nargs="+", help="of a call; each family has its own")
+    parser.add_argument("--jobs", type=int, help="at a time (8 for a GPU, with two cores each)")
     parser.add_argument("--limit", type=float, default=280, help="seconds of a process")
     parser.add_argument("--json", type=Path, help="file for the results")
     flags = parser.parse_args(argv)
-    flags.tokens = flags.tokens or TOKENS
+    flags.jobs = flags.jobs or max(1, min(8 * len(gpus()), (os.cpu_count() or 2) // 2))
     flags.family = flags.family or list(FAMILIES)
     if unknown := set(flags.family) - set(FAMILIES):
         parser.error(f"--family: expected some of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
@@ -98,14 +106,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SanitizerMissing as error:
         print(error, file=sys.stderr)
         return 2
-    work = [(family, tool) for family in flags.family for tool in reversed(flags.tool)]
+    turns, tasks, parts = cycle(gpus()), {}, []
     with ThreadPoolExecutor(flags.jobs) as pool:
-        tasks = [pool.submit(sanitize, program, *x, flags.tokens, flags.limit) for x in work]
-        results = []
-        for task in tasks:
-            results.append(task.result())
-            r = results[-1]
-            print(f"{r.family} {r.tool}: {r}, {r.calls} calls, {r.seconds:.0f} s", flush=True)
+        for family, tool in product(flags.family, reversed(flags.tool)):
+            for tokens in sorted(flags.tokens or FAMILIES[family].tokens, reverse=True):
+                work = program, family, tool, tokens, next(turns), flags.limit
+                tasks[pool.submit(sanitize, *work)] = tokens
+        for task, tokens in tasks.items():
+            parts.append(r := task.result())
+            about = f"{r.family} {r.tool}, {tokens} tokens"
+            print(f"{about}: {r}, {r.calls} calls, {r.seconds:.0f} s", flush=True)
+    results = joined(parts)
     print(table(results, flags.tool))
     if flags.json:
         flags.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")

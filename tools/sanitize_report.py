@@ -60,6 +60,24 @@ def read_log(family: str, tool: str, log: str, seconds: float, is_over: bool) ->
     return Result(family, tool, errors, sum(counts[1:]), calls, round(seconds, 1), problem)
 
 
+def joined(parts: Sequence[Result]) -> list[Result]:
+    """One result for each family and tool, of processes that ran side by side."""
+    found: dict[tuple[str, str], Result] = {}
+    for part in parts:
+        before = found.get((part.family, part.tool))
+        found[part.family, part.tool] = part if before is None else _both(before, part)
+    return list(found.values())
+
+
+def _both(a: Result, b: Result) -> Result:
+    """A family did not run unless all of its parts did."""
+    ran = [x.errors for x in (a, b) if x.errors is not None and (x.calls or x.errors)]
+    return Result(
+        a.family, a.tool, sum(ran) if len(ran) == 2 or any(ran) else None, a.warnings + b.warnings,
+        a.calls + b.calls, max(a.seconds, b.seconds), a.problem or b.problem,
+    )  # fmt: skip
+
+
 def table(results: Sequence[Result], tools: Sequence[str]) -> str:
     """Families down, tools across; then what was said first."""
     found = {(r.family, r.tool): r for r in results}

@@ -20,10 +20,14 @@ Calls = Mapping[str, dict[str, Any]]  # "op" or "op/variant" -> arguments
 
 @dataclass(frozen=True)
 class Family:
-    """Calls for a number of tokens, and which kernels (parts of their names) they are for."""
+    """Calls for a number of tokens, and which kernels (parts of their names) they are for.
+
+    tokens  for which every device function of the family starts in three of the calls
+    """
 
     calls: Callable[[int], Calls]
     kernels: tuple[str, ...] = ("",)
+    tokens: tuple[int, ...] = TOKENS
 
 
 def requests(T: int) -> list[tuple[int, int]]:
@@ -124,18 +128,18 @@ def one(op: str, calls: Callable[..., dict[str, Any]], *sizes: int) -> Callable[
 
 
 FAMILIES = {
-    "attention": Family(attention_calls),
+    "attention": Family(attention_calls, tokens=(*TOKENS, 12)),
     "moe_grouped": Family(moe_calls, ("moe_routed/grouped",)),
     "moe_w4a8": Family(moe_calls, ("moe_routed_w4a8/",)),
-    "moe_decode": Family(moe_calls, ("moe_routed/sm90", "moe_routed/triton")),
+    "moe_decode": Family(moe_calls, ("moe_routed/sm90", "moe_routed/triton"), (*TOKENS, 48)),
     "indexer": Family(indexer_calls),
-    "linear": Family(linear_calls),
+    "linear": Family(linear_calls, tokens=(*TOKENS, 24, 150, 200)),
     "cache": Family(partial(cache.cache_calls, head_dim=512)),
     "mhc": Family(mhc_calls),
     "sampling": Family(sampling_calls),
     "norm": Family(partial(norm.norm_calls, dims=1024, rows=128)),
     "quant": Family(partial(quant.quant_calls, dims=1024)),
-    "router": Family(router_calls),
+    "router": Family(router_calls, tokens=(*TOKENS, 120, 200)),
     "embedding": Family(one("embed_streams", embedding.embedding_case, 64, 4096)),
     "activation": Family(one("gate_up_swiglu", activation.activation_case, 2048)),
 }  # slowest first

@@ -24,19 +24,23 @@ import json
 from unittest import mock
 import sanitize_run as run
 from triton.runtime.jit import JITFunction
-from dsv4.testing.small_calls import FAMILIES, TOKENS
-modules, seen, wrong, started = run.kernels(), set(), [], []
+from dsv4.testing.small_calls import FAMILIES
+modules, seen, wrong, started = run.kernels(), {}, [], []
 with mock.patch.object(JITFunction, "run", lambda fn, *args, **kwargs: started.append(fn)):
     for family in FAMILIES.values():
-        for tokens in TOKENS:
+        for tokens in family.tokens:
             for call, module, args in run.family_calls(family, tokens, modules):
-                seen.add(module.SPEC.name)
+                seen.setdefault(module.SPEC.name, set()).add(tokens)
                 if not hasattr(module, "sources"):
                     started.clear()
                     run.launch(module, args)
                     wrong += [] if started else [call]
-missing = {m.SPEC.name for group in modules.values() for m in group} - seen
-print(json.dumps([wrong, sorted(missing)]))
+                for fn in started:
+                    seen.setdefault(fn.__name__, set()).add(tokens)
+seen["moe_routed/sm90"] -= set(range(65, 1000))  # more than it takes
+missing = {m.SPEC.name for group in modules.values() for m in group} - set(seen)
+few = [name for name, tokens in seen.items() if len(tokens) < 3]
+print(json.dumps([wrong, sorted(missing), few]))
 """
 
 
@@ -54,7 +58,7 @@ report = tool("sanitize_report")
 sanitize = tool("sanitize")
 
 
-def test_every_kernel_is_called_with_what_it_takes() -> None:
+def test_every_kernel_is_called_with_what_it_takes_of_three_sizes() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = TOOLS
     done = subprocess.run(
@@ -62,7 +66,7 @@ def test_every_kernel_is_called_with_what_it_takes() -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[], []]
+    assert json.loads(done.stdout) == [[], [], []]
 
 
 @pytest.mark.parametrize("name", CLEAN)
@@ -121,12 +125,45 @@ def test_a_table_and_a_file_of_all_results(
     flags = ["--family", "router", "quant", "--jobs", "2", "--json", str(rows)]
     assert sanitize.main(flags) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-4].split()[:5] == ["router", "0", "errors", "2", "errors"]
-    assert lines[-3].split()[:5] == ["quant", "0", "errors", "2", "errors"]
-    assert sum(row["errors"] for row in json.loads(rows.read_text())) == 4
+    assert lines[-4].split()[:5] == ["router", "0", "errors", "10", "errors"]
+    assert lines[-3].split()[:5] == ["quant", "0", "errors", "6", "errors"]
+    assert sum(row["errors"] for row in json.loads(rows.read_text())) == 16
     assert sanitize.main([*flags, "--tool", "memcheck"]) == 0
     assert "--report-api-errors no" in (tmp_path / "command").read_text()
-    assert (tmp_path / "command").read_text().split()[-3:] == ["1", "5", "70"]
+    flags = ["--family", "quant", "--tool", "memcheck", "--tokens", "7", "--jobs", "1"]
+    assert sanitize.main(flags) == 0
+    assert (tmp_path / "command").read_text().split()[-2:] == ["quant", "7"]
+
+
+def test_processes_are_spread_over_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    stand_in(tmp_path, f'echo "$CUDA_VISIBLE_DEVICES" >> "{tmp_path}/seen"')
+    sanitize.main(["--family", "router", "quant", "--tool", "memcheck", "--tokens", "1", "2"])
+    assert sorted((tmp_path / "seen").read_text().split()) == ["2", "2", "5", "5"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "counts", "problem"),
+    [
+        ([(0, 0, 4, ""), (0, 1, 5, "a race"), (0, 0, 6, "")], (0, 1, 15), "a race"),
+        ([(0, 0, 4, ""), (None, 0, 0, "out of time"), (0, 0, 6, "")], (None, 0, 10), "out of time"),
+        ([(0, 0, 4, ""), (0, 0, 0, "ValueError")], (None, 0, 4), "ValueError"),
+        ([(2, 0, 4, "Invalid"), (None, 0, 0, "killed"), (1, 0, 4, "more")], (3, 0, 8), "Invalid"),
+    ],
+)
+def test_what_ran_side_by_side_is_one_result(
+    parts: list[tuple], counts: tuple[int | None, int, int], problem: str
+) -> None:
+    made = [report.Result("x", "memcheck", e, w, n, 1.0 + n, p) for e, w, n, p in parts]
+    other = report.Result("y", "memcheck", 0, 0, 3, 1.0, "")
+    found, same = report.joined([*made, other])
+    assert same == other
+    assert ((found.errors, found.warnings, found.calls), found.problem) == (counts, problem)
+    assert found.seconds == max(r.seconds for r in made)
+    assert found.is_clean == (counts[0] == 0)
 
 
 def test_a_process_is_ended_with_what_it_watches(
