@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv4.ops import linear as ops
 from dsv4.testing.bench import COLD_BYTES, Case, Turns, nbytes, run
-from dsv4.testing.cases.linear import FLASH, HEAD_FLASH, JOINED_FLASH, PRO, WIDE_FLASH, tokens
+from dsv4.testing.cases.linear import FLASH, HEAD_FLASH, JOINED_FLASH, PRO, WIDE_FLASH
 
 DECODE, PREFILL = (1, 8, 64), (1024, 8192)
 GATE_PRO = (384, 7168)
@@ -24,6 +24,12 @@ def random_weight(N: int, K: int) -> tuple[Tensor, Tensor]:
     weight = (32 * torch.randn(N, K, device="cuda")).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = torch.randint(114, 118, (-(-N // 128), -(-K // 128)), device="cuda")
     return weight, scale.to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def tokens(M: int, width: int) -> Tensor:
+    """Normal numbers, every row of another magnitude."""
+    x = torch.randn(M, width, device="cuda")
+    return (x * torch.exp2(torch.arange(M, device="cuda") % 7 - 3.0)[:, None]).to(torch.bfloat16)
 
 
 def cublas(x: Tensor, w_GOK: Tensor) -> Tensor:
@@ -41,7 +47,7 @@ def fp8_cases(
     weights = [random_weight(N, K) for _ in range(copies)]
     bf16 = [w.to(torch.bfloat16).unflatten(0, (groups, -1)) for w, _ in weights]
     for M in counts:
-        x = tokens(M, groups * K, device="cuda")
+        x = tokens(M, groups * K)
         num_bytes = nbytes(*weights[0], x) + 2 * M * N
         for mode in modes:
             yield Case(
@@ -65,7 +71,7 @@ def wide_cases(
     weights = [torch.randn(N, K, device="cuda").to(torch.bfloat16) for _ in range(copies)]
     baseline = partial(torch.mm, out_dtype=torch.float32)
     for M in counts:
-        x = tokens(M, K, device="cuda")
+        x = tokens(M, K)
         yield Case(
             op,
             {"name": name, "M": M} if name else {"M": M},
@@ -86,7 +92,7 @@ def joined_cases(name: str, parts: list[int], K: int) -> Iterator[Case]:
     bias = torch.randn(ratio, N, device="cuda")
     baseline = partial(torch.mm, out_dtype=torch.float32)
     for M in DECODE + PREFILL:
-        x, position = tokens(M, K, device="cuda"), torch.arange(M, device="cuda")
+        x, position = tokens(M, K), torch.arange(M, device="cuda")
         yield Case(
             "joined_wide_linear",
             {"name": name, "M": M},
