@@ -14,11 +14,12 @@ import torch
 
 from dsv4.core.kv_layout import KvRecord
 from dsv4.ops import attention as ops
-from dsv4.testing.bench import COLD_BYTES, Call, Case, run
+from dsv4.testing.bench import COLD_BYTES, Call, Case, Turns, later, run
 from dsv4.testing.cases.attention import AttentionCase
 
 C, W = 512, 128
 RECORD = KvRecord().nbytes
+HEADS = (8, 16, 32, 64, 128)
 BATCHES = (1, 4, 16, 64, 128, 256)
 MAX_COPIES = 3  # of the buffers; where they fit into L2 it is swept between calls
 
@@ -48,6 +49,7 @@ def dense_calls(B: int, H: int, keys: int, copies: int) -> list[Call]:
     return calls
 
 
+@later
 def decode_row(B: int, H: int, entries: int, is_list: bool) -> Case:
     """One row; its buffers are as many as exceed L2, within reason."""
     keys = W + entries
@@ -67,18 +69,18 @@ def decode_row(B: int, H: int, entries: int, is_list: bool) -> Case:
     return Case("sparse_attn_decode", shape, calls, size, flops, B * H >= 4096, **dense)
 
 
-def decode_cases() -> Iterator[Case]:
-    for H in (8, 16, 32, 64, 128):
+def decode_cases() -> Turns:
+    for H in HEADS:
         for B in BATCHES:
             yield decode_row(B, H, 512, True)
-            if H >= 64:
-                yield decode_row(B, H, 1024, True)
+            yield decode_row(B, H, 1024, True)
     for entries in (64, 1024, 8192):
-        for H in (16, 64, 128):
-            for B in BATCHES if entries < 8192 else BATCHES[:4]:
+        for H in HEADS:
+            for B in BATCHES:
                 yield decode_row(B, H, entries, False)
 
 
+@later
 def prefill_row(T: int, H: int, entries: int, is_list: bool = True) -> Case:
     """T tokens after as many as let each of them see `entries`."""
     ratio = 4 if is_list else 128
@@ -94,7 +96,7 @@ def prefill_row(T: int, H: int, entries: int, is_list: bool = True) -> Case:
     return Case("sparse_attn_prefill", shape, [call], size, flops, is_compute=True)
 
 
-def prefill_cases() -> Iterator[Case]:
+def prefill_cases() -> Turns:
     for T in (1024, 4096):
         yield prefill_row(T, 64, 512)
         yield prefill_row(T, 128, 1024)
@@ -109,11 +111,11 @@ def pack_cases() -> Iterator[Case]:
         yield Case("kv_step_pack", {"T": T, "C": C}, calls, T * (2 * C + RECORD))
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Turns:
     """Every row of this file."""
-    yield from decode_cases()
-    yield from prefill_cases()
-    yield from pack_cases()
+    yield decode_cases()
+    yield prefill_cases()
+    yield pack_cases()
 
 
 if __name__ == "__main__":
