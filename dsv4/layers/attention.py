@@ -56,7 +56,7 @@ class Attention:
             compressor = Compressor(kind, w["compressor.norm.weight"], config.rms_norm_eps)
             sources, proj = [w.at("compressor")], None
             if kind is LayerKind.CSA:
-                indexer = Indexer.of(config, w.at("indexer"), form, f"{name}.indexer")
+                indexer = Indexer.of(config, w.at("indexer"), form, f"{name}.indexer", unfused)
                 sources.append(w.at("indexer").at("compressor"))
                 proj = w["indexer.weights_proj.weight"]
             projections = Projections.of(sources, proj, "joined_wide_linear" not in unfused)
@@ -77,7 +77,6 @@ class Attention:
         that could come in any order, those with much weight stand behind those that wait, during
         which their weight is already on its way.
         """
-        c, rope, rows = self.config, batch.ropes[self.kind], batch.rows
         new, head_weights = self._compress(x, batch, cache)
         latent, kv, page = self._project(x, batch)
         chosen = None
@@ -85,8 +84,7 @@ class Attention:
             assert cache.index_keys is not None
             assert head_weights is not None
             chosen = self.indexer.choose(latent, head_weights, batch, cache.index_keys)
-        q = self.wq_b(latent).unflatten(1, (c.num_attention_heads, -1))
-        q = q_norm_rope(q, rope.cos, rope.sin, rows.position, c.rms_norm_eps)
+        q = self._query(latent, batch)
         tap(f"{self.name}.q", q)
         o = self._attend(q, page, batch, cache, chosen)
         self._append(kv, new, batch, cache)
@@ -107,6 +105,16 @@ class Attention:
         kv = rms_norm(kv.contiguous(), self.kv_norm, eps)
         inverse_rope(kv[:, None], rope.cos, rope.minus_sin, position)
         return latent, kv, kv_step_pack(kv, self.config.qk_rope_head_dim)
+
+    def _query(self, latent: Tensor, batch: Batch) -> Tensor:
+        """latent [T, L] -> heads [T, H, C] after norm and RoPE"""
+        rope, position, eps = batch.ropes[self.kind], batch.rows.position, self.config.rms_norm_eps
+        q = self.wq_b(latent).unflatten(1, (self.config.num_attention_heads, -1))
+        if "q_norm_rope" not in self.unfused:
+            return q_norm_rope(q, rope.cos, rope.sin, position, eps)
+        q = rms_norm(q, q.new_ones(q.shape[2]), eps)
+        inverse_rope(q, rope.cos, rope.minus_sin, position)
+        return q
 
     def _compress(
         self, x: Tensor, batch: Batch, cache: LayerViews
@@ -154,11 +162,17 @@ class Attention:
         has_entries = cache.entries is not None
         ratio = self.kind.ratio if has_entries else 1
         attend = sparse_attn_prefill if batch.is_prefill else sparse_attn_decode
-        return attend(
+        is_fused = "sparse_attn_inverse_rope" not in self.unfused
+        angles = batch.angles[self.kind] if is_fused else (None, None)
+        o = attend(
             q, page, cache.window,
             cache.entries if has_entries else cache.window,
             batch.page_table if has_entries else batch.no_pages, chosen, rows.slot,
             rows.position, rows.first_row, rows.first_position, self.sink,
-            *batch.angles[self.kind], c.head_dim**-0.5, c.sliding_window, c.qk_rope_head_dim,
+            *angles, c.head_dim**-0.5, c.sliding_window, c.qk_rope_head_dim,
             ratio, batch.page_tokens // ratio if has_entries else 1,
         )  # fmt: skip
+        if not is_fused:
+            rope = batch.ropes[self.kind]
+            inverse_rope(o, rope.cos, rope.sin, rows.position)
+        return o

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from dsv4.layers.compressor import Compressor
 from dsv4.layers.linear import Fp8Linear
 from dsv4.layers.weights import WeightView
 from dsv4.ops.indexer import indexer_scores_topk
+from dsv4.ops.norm import inverse_rope
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,17 @@ class Indexer:
     form: IndexerForm
     wq_b: Fp8Linear
     compressor: Compressor
+    is_fused: bool = True
 
     @classmethod
-    def of(cls, config: ModelConfig, w: WeightView, form: IndexerForm, name: str) -> Indexer:
+    def of(
+        cls, config: ModelConfig, w: WeightView, form: IndexerForm, name: str,
+        unfused: Collection[str] = (),
+    ) -> Indexer:  # fmt: skip
         """The indexer whose weights are `w`; `name` is the prefix of its taps."""
         compressor = Compressor(LayerKind.CSA, w["compressor.norm.weight"], config.rms_norm_eps)
-        return cls(config, name, form, Fp8Linear.of(w.fp8("wq_b")), compressor)
+        wq_b, is_fused = Fp8Linear.of(w.fp8("wq_b")), "index_query_rope" not in unfused
+        return cls(config, name, form, wq_b, compressor, is_fused)
 
     def choose(self, latent: Tensor, head_weights: Tensor, batch: Batch, pages: Tensor) -> Tensor:
         """Pick each query's entries by their keys, those that the batch completes among them.
@@ -57,10 +64,14 @@ class Indexer:
         ratio = LayerKind.CSA.ratio
         q = self.wq_b(latent).unflatten(1, (c.index_n_heads, -1))
         rope = batch.ropes[LayerKind.CSA]
+        angles = rope.cos, rope.sin
+        if not self.is_fused:
+            inverse_rope(q, rope.cos, rope.minus_sin, rows.position)
+            angles = None, None
         chosen = indexer_scores_topk(
             q, head_weights, pages, batch.page_table, rows.slot, rows.position,
             ratio, batch.page_tokens // ratio, c.index_topk, form.keys, form.is_rotated,
-            form.is_rounded, rope.cos, rope.sin,
+            form.is_rounded, *angles,
         )  # fmt: skip
         tap(f"{self.name}.topk", chosen)
         return chosen

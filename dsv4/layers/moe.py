@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, silu
 
 from dsv4.core.config import ModelConfig
 from dsv4.core.taps import tap
@@ -53,16 +54,23 @@ class SharedExpert:
     gate_up: Fp8Linear
     down: Fp8Linear
     limit: float
+    is_fused: bool = True
 
     @classmethod
-    def of(cls, config: ModelConfig, w: WeightView) -> SharedExpert:
+    def of(cls, config: ModelConfig, w: WeightView, unfused: Collection[str] = ()) -> SharedExpert:
         """The shared expert whose weights are `w`."""
-        gate_up = join_rows([w.fp8("w1"), w.fp8("w3")])
-        return cls(Fp8Linear.of(gate_up), Fp8Linear.of(w.fp8("w2")), config.swiglu_limit)
+        gate_up = Fp8Linear.of(join_rows([w.fp8("w1"), w.fp8("w3")]))
+        is_fused = "gate_up_swiglu" not in unfused
+        return cls(gate_up, Fp8Linear.of(w.fp8("w2")), config.swiglu_limit, is_fused)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]"""
-        return self.down(gate_up_swiglu(self.gate_up(x), self.limit))
+        gate_up, limit = self.gate_up(x), self.limit
+        if self.is_fused:
+            return self.down(gate_up_swiglu(gate_up, limit))
+        gate, up = gate_up.float().chunk(2, dim=1)
+        hidden = silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+        return self.down(hidden.to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,16 @@ class Moe:
     router: Router
     shared: SharedExpert
     experts: ExpertStack
+    is_fused: bool = True
 
     @classmethod
-    def of(cls, config: ModelConfig, w: WeightView, name: str) -> Moe:
+    def of(
+        cls, config: ModelConfig, w: WeightView, name: str, unfused: Collection[str] = ()
+    ) -> Moe:
         """The experts whose weights are `w`; `name` ("layers.3.ffn") is the prefix of taps."""
-        shared = SharedExpert.of(config, w.at("shared_experts"))
-        return cls(config, name, Router.of(config, w.at("gate")), shared, w.expert_stack())
+        shared = SharedExpert.of(config, w.at("shared_experts"), unfused)
+        router, is_fused = Router.of(config, w.at("gate")), "moe_routed_shared" not in unfused
+        return cls(config, name, router, shared, w.expert_stack(), is_fused)
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, D] after the block's norm -> [T, D]
@@ -99,8 +111,11 @@ class Moe:
             ids = pad(ids, (0, 0, 0, missing), value=-1)
         out = moe_routed(
             x, ids, weights, e.codes["w1"], e.scales["w1"], e.codes["w3"], e.scales["w3"],
-            e.codes["w2"], e.scales["w2"], e.global_scale, shared, self.config.swiglu_limit, 0,
-            e.format,
-        )[: len(x) - missing]  # fmt: skip
+            e.codes["w2"], e.scales["w2"], e.global_scale, shared if self.is_fused else None,
+            self.config.swiglu_limit, 0, e.format,
+        )  # fmt: skip
+        if not self.is_fused:
+            out = out + shared  # in FP32, rounded once; the routed sum was rounded before
+        out = out[: len(x) - missing]
         tap(f"{self.name}.out", out)
         return out

@@ -21,7 +21,13 @@ from dsv4.layers.weights import WeightView
 # Steps that can run as their parts.
 FUSED = (
     "mhc_post_pre", "latent_kv_norm_pack", "joined_wide_linear", "entry_and_key_insert",
-    "cache_step_append",
+    "cache_step_append", "embed_streams", "q_norm_rope", "index_query_rope",
+    "sparse_attn_inverse_rope", "gate_up_swiglu", "moe_routed_shared",
+)  # fmt: skip
+# Of them, those whose parts give the step's bits at any width. The parts of the others round
+# elsewhere or sum in another order: they agree within limits.
+EXACT = (
+    "entry_and_key_insert", "cache_step_append", "embed_streams", "q_norm_rope", "index_query_rope",
 )  # fmt: skip
 
 
@@ -35,29 +41,34 @@ def check_unfused(names: Collection[str]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: attention and experts, each entered through its mixer."""
+    """One layer: attention and experts, each entered through its mixer.
+
+    name      begins its taps
+    is_fused  whether the mixers leave one sub-layer and enter the next at once
+    """
 
     enter_attention: Mixer
     attention: Attention
     enter_experts: Mixer
     experts: Moe
     name: str
+    is_fused: bool = True
 
     @classmethod
     def of(
         cls, config: ModelConfig, kind: LayerKind, w: WeightView, form: IndexerForm, name: str,
         unfused: Collection[str] = (),
     ) -> Block:  # fmt: skip
-        """The block whose weights are `w`; `name` ("layers.3", "mtp.0") begins its taps."""
+        """The block whose weights are `w`; `name` is "layers.3" or "mtp.0"."""
         attention = Attention.of(config, kind, w.at("attn"), form, f"{name}.attn", unfused)
-        experts = Moe.of(config, w.at("ffn"), f"{name}.ffn")
-        return cls(
-            Mixer.of(config, w, "attn"), attention, Mixer.of(config, w, "ffn"), experts, name
-        )
+        experts = Moe.of(config, w.at("ffn"), f"{name}.ffn", unfused)
+        mixers = Mixer.of(config, w, "attn"), Mixer.of(config, w, "ffn")
+        is_fused = "mhc_post_pre" not in unfused
+        return cls(mixers[0], attention, mixers[1], experts, name, is_fused)
 
 
 def run_blocks(
-    blocks: Sequence[Block], x: Tensor, batch: Batch, caches: Sequence[LayerViews], is_fused: bool
+    blocks: Sequence[Block], x: Tensor, batch: Batch, caches: Sequence[LayerViews]
 ) -> Tensor:
     """Streams x [T, N, D] through `blocks`, each with its own of `caches` -> [T, N, D]
 
@@ -66,11 +77,11 @@ def run_blocks(
     y, gains = blocks[0].enter_attention.enter(x)
     for j, block in enumerate(blocks):
         o = block.attention(y, batch, caches[j])
-        x, y, gains = block.enter_experts.leave_and_enter(o, x, gains, is_fused)
+        x, y, gains = block.enter_experts.leave_and_enter(o, x, gains, block.is_fused)
         o = block.experts(y, batch)
         if j + 1 < len(blocks):
             following = blocks[j + 1].enter_attention
-            x, y, gains = following.leave_and_enter(o, x, gains, is_fused)
+            x, y, gains = following.leave_and_enter(o, x, gains, block.is_fused)
         else:
             x = leave(o, x, gains)
         tap(f"{block.name}.streams", x)

@@ -59,7 +59,7 @@ class MtpBlock:
         e = self.e_proj(rms_norm(embedded, self.enorm, eps))
         h = self.h_proj(rms_norm(streams, self.hnorm, eps).flatten(0, 1))
         x = e[:, None] + h.view(streams.shape)
-        return run_blocks([self.block], x, batch, [cache], is_fused=True)
+        return run_blocks([self.block], x, batch, [cache])
 
     @torch.inference_mode()
     def logits(self, streams: Tensor) -> Tensor:

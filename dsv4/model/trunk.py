@@ -55,8 +55,12 @@ class Trunk:
     @torch.inference_mode()
     def streams(self, batch: Batch, storage: CacheStorage) -> Tensor:
         """Run the rows of a step; the cache takes them. -> streams [T, N, D]"""
-        x = embed_streams(batch.ids, self.embedding, self.config.hc_mult)
-        return run_blocks(self.blocks, x, batch, storage.layers, "mhc_post_pre" not in self.unfused)
+        n = self.config.hc_mult
+        if "embed_streams" in self.unfused:
+            x = embed_streams(batch.ids, self.embedding, 1).repeat(1, n, 1)
+        else:
+            x = embed_streams(batch.ids, self.embedding, n)
+        return run_blocks(self.blocks, x, batch, storage.layers)
 
     @torch.inference_mode()
     def logits(self, streams: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.stepper import Pending
 from dsv4.loader import Checkpoint
+from dsv4.model.block import FUSED
 from dsv4.model.mtp import MtpBlock
 from dsv4.text.tokenizer import Tokenizer
+from support.fusions import watch_fused
 from support.oracle_ops import use_oracles
 from support.production import production, random_ids, random_weights, reference, served_config
 
@@ -127,6 +129,18 @@ def test_drafts_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
         if row < len(expected):  # the last step may draw more tokens than were wanted
             apart = (own - expected[row]).abs().max() / expected.abs().max()
             assert float(apart) < 1e-3, row
+
+
+def test_drafts_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = [watch_fused(monkeypatch, name) for name in FUSED]
+    work = [
+        (random_ids(TINY, n).tolist(), SamplingParams(temperature=0, max_tokens=6)) for n in (5, 70)
+    ]
+    parts = production(TINY, WEIGHTS, limits=limits(), with_mtp=True, unfused=FUSED)
+    drafted = answers(parts, work)
+    assert not any(used)
+    assert drafted == answers(tiny(with_mtp=True), work)
+    assert all(used)
 
 
 def test_too_few_pages_and_drafts() -> None:

@@ -15,9 +15,10 @@ from dsv4.core.inventory import tensor_specs
 from dsv4.core.taps import capture
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.single import SingleSequence
-from dsv4.layers import attention, compressor, mhc, moe
+from dsv4.layers import moe
 from dsv4.layers.indexer import IndexerForm
-from dsv4.model.block import FUSED
+from dsv4.model.block import EXACT, FUSED
+from support.fusions import watch_fused
 from support.oracle_ops import use_oracles
 from support.production import production, random_ids, random_weights, reference, served_config
 
@@ -101,20 +102,32 @@ def test_taps_have_the_values_of_the_reference(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", FUSED)
 def test_an_unfused_step_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_oracles(monkeypatch)
-    ids = random_ids(CONFIG, 20)
+    ids = random_ids(CONFIG, 100)  # of 25 entries CSA takes 16
     fused = production(CONFIG, WEIGHTS)
-    whole, kept = fed(fused, ids, [19, 1]), fused.cache.storage
-    used = []
-    for module in (mhc, attention, compressor):
-        if (fused := getattr(module, name, None)) is not None:
-            monkeypatch.setattr(module, name, lambda *a, f=fused: (used.append(a), f(*a))[1])
+    whole, kept = fed(fused, ids, [99, 1]), fused.cache.storage
+    used = watch_fused(monkeypatch, name)
     parts = production(CONFIG, WEIGHTS, unfused=[name])
-    assert torch.equal(whole, fed(parts, ids, [19, 1]))
+    assert torch.equal(whole, fed(parts, ids, [99, 1]))
     assert torch.equal(kept.states, parts.cache.storage.states)
     assert torch.equal(kept.pages, parts.cache.storage.pages)
     assert not used
-    fed(production(CONFIG, WEIGHTS), ids, [19, 1])
+    fed(production(CONFIG, WEIGHTS), ids, [99, 1])
     assert used
+
+
+def test_the_kernels_and_their_parts() -> None:
+    """No oracle: a layer of CSA on three tokens, and on the one that completes its first entry."""
+    config = served_config(num_hidden_layers=1, compress_ratios=(4,), num_hash_layers=0)
+    weights, ids = random_weights(config), random_ids(config, 4)
+    taps = []
+    for unfused in ((), EXACT, FUSED):
+        with capture() as captured:
+            fed(production(config, weights, torch.bfloat16, unfused=unfused), ids, [3, 1])
+        taps.append(captured.tensors())
+    whole, exact, parts = taps
+    for name in ("logits", "layers.0.attn.indexer.topk", "layers.0.attn.q", "layers.0.ffn.out"):
+        assert torch.equal(whole[name], exact[name]), name
+    assert float(rows_apart(parts["logits"], whole["logits"]).max()) < 2e-2
 
 
 def test_a_fusion_that_there_is_not() -> None:
