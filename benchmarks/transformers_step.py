@@ -212,13 +212,17 @@ def main() -> None:
     model = build(args.device, args.tiny)
     experts = getattr(model.config, "_experts_implementation", "eager")
     print(f"transformers {transformers.__version__}, experts by {experts}", flush=True)
-    rows = [report("eager", time_steps(model, args.context), args)]
+    keep(report("eager", time_steps(model, args.context), args), args.json)
     if not args.no_compile:
-        rows.append(report("compiled", compiled_steps(model, args.context, args.compile_s), args))
-    if args.json:
-        with args.json.open("a") as file:
-            for row in rows:
-                file.write(json.dumps(row) + "\n")
+        found = compiled_steps(model, args.context, args.compile_s)
+        keep(report("compiled", found, args), args.json)
+
+
+def keep(row: dict[str, Any], path: Path | None) -> None:
+    """Add a row to the file, if there is one, at once: compiling may end the process."""
+    if path:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
