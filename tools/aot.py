@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import pkgutil
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from itertools import chain
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import triton
 from aot_cuda import Result, compile_cuda
+from aot_ptx import problem
 from aot_source import source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -61,16 +61,11 @@ def device_calls(module: ModuleType, args: dict[str, Any]) -> Iterator[tuple[AST
     return iter(started)
 
 
-def problem(assembly: str, options: dict, instruction: str | None) -> str:
-    """What is wrong with compiled code, or "".
-
-    instruction  pattern that the code must hold: what the kernel's `tensor_core(arch, args)` gives
-    """
-    if instruction and not re.search(instruction, assembly):
-        return f"holds no {instruction}"
-    if not options.get("enable_fp_fusion", True) and re.search(r"\bfma\.rn", assembly):
-        return "holds fma although the kernel forbids it"
-    return ""
+def compile_for(target: GPUTarget, ast: ASTSource, options: dict) -> Any:
+    """Compiled code; kernels that ask which target they are compiled for are told this one."""
+    driver = SimpleNamespace(get_current_target=lambda: target)
+    with mock.patch.object(triton.runtime.driver, "_active", driver):
+        return triton.compile(ast, target=target, options=options)
 
 
 def compile_call(name: str, args: dict[str, Any], arches: Sequence[int]) -> Iterator[Result]:
@@ -80,7 +75,7 @@ def compile_call(name: str, args: dict[str, Any], arches: Sequence[int]) -> Iter
         products = getattr(module, "PRODUCTS", None)  # device functions that hold it; None: all
         for ast, options in () if hasattr(module, "sources") else device_calls(module, args):
             for arch in (a for a in arches if runs_on(module, a)):
-                code = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=options)
+                code = compile_for(GPUTarget("cuda", arch, 32), ast, options)
                 is_product = products is None or ast.fn.__name__ in products
                 instruction = expected(arch, args) if is_product else None
                 wrong = problem(code.asm["ptx"], options, instruction)

@@ -167,6 +167,17 @@ def test_full_size(T: int, format: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("T", [256, 1024, 4096, 8192])  # a tile each
+def test_every_run_gives_the_same_bits(T: int, format: str) -> None:
+    """Products that ran on into the next step read its registers, now and then."""
+    case = MoeCase.random(T, *FLASH, format=format, device="cuda")
+    want = run(case)
+    for i in range(10):
+        assert_bits_equal(f"run {i + 2}", run(case), want)
+
+
+@pytest.mark.gpu
 def test_a_graph_holds_it_and_routing_may_change() -> None:
     case = MoeCase.random(512, 1024, 512, 32, device="cuda")
     other = MoeCase.random(512, 1024, 512, 32, device="cuda", seed=1)

@@ -10,6 +10,7 @@ In the SASS of Triton 3.6 a step is LDS.128, decode, HGMMA, with no exchange bet
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from dsv4.kernels.common.bits import (
     FP8_FLOOR_BITS,
@@ -63,6 +64,22 @@ def decode_e4m3(w):
             pack=4,
         )
     return out
+
+
+@triton.jit
+def end_step(step):
+    """Wait for the products of this step of a loop, the last thing in it; step int32 is its number.
+
+    Needed where they take an operand from registers: Triton lets products run on into the next
+    step, for whose numbers the compiler reuses such registers before all have been read (Triton
+    3.6, H200: other last bits in every run). Within a step both know what is under way.
+    """
+    if not IS_INTERPRETED:  # noqa: SIM102, the interpreter has no target to ask for
+        if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
+            tl.inline_asm_elementwise(
+                "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;", "=r,r", [step], dtype=tl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
 
 
 @triton.jit

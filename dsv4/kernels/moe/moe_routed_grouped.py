@@ -32,6 +32,7 @@ from dsv4.kernels.common.experts import (
     step_order,
     tiled,
 )
+from dsv4.kernels.common.fragments import end_step
 from dsv4.kernels.common.launch import INTERPRETED
 from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.rows import to_bf16
@@ -88,6 +89,7 @@ def _gate_up_tile(
         s1, s3 = tl.load(s1_at + step * TILE_ROWS), tl.load(s3_at + step * TILE_ROWS)
         gate = multiply_step(w1, s1, x, gate, BN, GROUP, NVFP4, NUM_WARPS)
         up = multiply_step(w3, s3, x, up, BN, GROUP, NVFP4, NUM_WARPS)
+        end_step(step)
     gate, up = gate * gate_scale, up * up_scale
     gate = tl.where(gate > limit, limit, gate)  # keeps NaN
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
@@ -152,6 +154,7 @@ def _down_tile(
         h = tl.load(h_at + step * STEP)
         w, s = tl.load(w_at + step * TILE), tl.load(s_at + step * TILE_ROWS)
         y = multiply_step(w, s, h, y, BN, GROUP, NVFP4, NUM_WARPS)
+        end_step(step)
     pair = tl.load(rows_ptr + place).to(tl.int64)
     at = pair[None, :] * D + (base + tl.arange(0, BN))[:, None]
     tl.store(partial_ptr + at, y * scale, (m < count)[None, :])
