@@ -3,7 +3,7 @@
 Decode: one token of each of B requests. CSA rows choose 512 or 1024 of twice as many entries, HCA
 rows read all entries of 8K, 128K and 1M tokens. Prefill: T tokens of one request in the middle of a
 prompt. The baseline, for some rows, is PyTorch's attention on the same keys, gathered in BF16
-beforehand.
+beforehand; of results in FP8 it is our attention and the cast after it.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import torch
 
 from dsv4.core.kv_layout import KvRecord
 from dsv4.ops import attention as ops
+from dsv4.ops.quant import fp8_act_quantize
 from dsv4.testing.bench import COLD_BYTES, Call, Case, Turns, later, run
 from dsv4.testing.cases.attention import AttentionCase
 
@@ -104,6 +105,34 @@ def prefill_cases() -> Turns:
         yield prefill_row(T, 16, 512)
 
 
+def fp8_row(name: str, made: AttentionCase, entries: int, stored: int) -> Case:
+    """The result in FP8; the baseline is BF16 attention and the cast behind it."""
+    args = made.args("cuda")
+    T, H, _ = args["q"].shape
+    attend, keys = getattr(ops, name), W + entries
+    saved = T * H * (C - C // 128)  # against BF16
+    return Case(
+        f"{name}_fp8",
+        {"T": T, "H": H, "entries": entries},
+        [partial(getattr(ops, f"{name}_fp8"), **args)],
+        num_bytes(T, H, keys, stored) - saved,
+        4 * T * H * keys * C,
+        is_compute=T * H >= 4096,
+        baseline="BF16, then FP8",
+        baseline_calls=[lambda: fp8_act_quantize(attend(**args))],
+    )
+
+
+def fp8_cases() -> Iterator[Case]:
+    H, entries = 64, 512
+    for B in (1, 128):
+        made = decode_case(B, H, entries, True, 0)
+        yield fp8_row("sparse_attn_decode", made, entries, B * (W + entries))
+    before, T, ratio = 4096, 1024, 4
+    made = AttentionCase([(before, T)], H, C, W, ratio, 64, entries)
+    yield fp8_row("sparse_attn_prefill", made, entries, (before + T) // ratio + T + W)
+
+
 def pack_cases() -> Iterator[Case]:
     for T in (1, 64, 4096):
         kv = [torch.randn(T, C, device="cuda").to(torch.bfloat16) for _ in range(MAX_COPIES)]
@@ -115,6 +144,7 @@ def cases() -> Turns:
     """Every row of this file."""
     yield decode_cases()
     yield prefill_cases()
+    yield fp8_cases()
     yield pack_cases()
 
 

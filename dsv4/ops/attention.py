@@ -15,6 +15,14 @@ KV_STEP_PACK = (kernels.kv_step_pack.SPEC,)
 LATENT_KV_NORM_PACK = (kernels.latent_kv_norm_pack.SPEC,)
 SPARSE_ATTN_DECODE = (kernels.sparse_attn_decode_sm90.SPEC, kernels.sparse_attn_decode.SPEC)
 SPARSE_ATTN_PREFILL = (kernels.sparse_attn_prefill_sm90.SPEC, kernels.sparse_attn_prefill.SPEC)
+SPARSE_ATTN_DECODE_FP8 = (
+    kernels.sparse_attn_decode_fp8_sm90.SPEC,
+    kernels.sparse_attn_decode_fp8.SPEC,
+)
+SPARSE_ATTN_PREFILL_FP8 = (
+    kernels.sparse_attn_prefill_fp8_sm90.SPEC,
+    kernels.sparse_attn_prefill_fp8.SPEC,
+)
 
 
 @dsv4_op(fake=kernels.kv_step_pack.outputs)
@@ -68,4 +76,38 @@ def sparse_attn_prefill(
     )  # fmt: skip
     out = kernels.sparse_attn_prefill.outputs(*args)
     select(SPARSE_ATTN_PREFILL, q.device).launch(*args, out)
+    return out
+
+
+@dsv4_op(fake=kernels.sparse_attn_prefill_fp8.outputs)
+def sparse_attn_decode_fp8(
+    q: Tensor, step: Tensor, window: Tensor, pages: Tensor, page_table: Tensor,
+    entries: Tensor | None, slot: Tensor, position: Tensor, first_row: Tensor,
+    first_position: Tensor, sink: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float,
+    rows: int, rope_dim: int, ratio: int, entries_per_page: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See dsv4.reference.paged_attention.sparse_attn_decode_fp8."""
+    args = (
+        q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
+        sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
+    )  # fmt: skip
+    out = kernels.sparse_attn_decode_fp8.outputs(*args)
+    select(SPARSE_ATTN_DECODE_FP8, q.device).launch(*args, out)
+    return out[:2]
+
+
+@dsv4_op(fake=kernels.sparse_attn_prefill_fp8.outputs)
+def sparse_attn_prefill_fp8(
+    q: Tensor, step: Tensor, window: Tensor, pages: Tensor, page_table: Tensor,
+    entries: Tensor | None, slot: Tensor, position: Tensor, first_row: Tensor,
+    first_position: Tensor, sink: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float,
+    rows: int, rope_dim: int, ratio: int, entries_per_page: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See dsv4.reference.paged_attention.sparse_attn_prefill_fp8."""
+    args = (
+        q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
+        sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
+    )  # fmt: skip
+    out = kernels.sparse_attn_prefill_fp8.outputs(*args)
+    select(SPARSE_ATTN_PREFILL_FP8, q.device).launch(*args, out)
     return out

@@ -12,6 +12,8 @@ from dsv4.kernels import linear as kernels
 # Best first.
 LINEAR_FP8 = (kernels.linear_fp8_sm90.SPEC, kernels.linear_fp8.SPEC)
 LINEAR_FP8_ANY = (kernels.linear_fp8.SPEC,)
+LINEAR_FP8_W8A8 = (kernels.linear_fp8_w8a8_sm90.SPEC, kernels.linear_fp8_w8a8.SPEC)
+LINEAR_FP8_W8A8_ANY = (kernels.linear_fp8_w8a8.SPEC,)
 JOINED_WIDE_LINEAR = (kernels.joined_wide_linear_sm90.SPEC, kernels.joined_wide_linear.SPEC)
 JOINED_WIDE_LINEAR_ANY = (kernels.joined_wide_linear.SPEC,)
 WIDE_LINEAR = (kernels.wide_linear_sm90.SPEC, kernels.wide_linear.SPEC)
@@ -33,6 +35,24 @@ def linear_fp8(
     out = kernels.linear_fp8.outputs(x, weight, scale, groups, quantize_input)
     kernel = select(LINEAR_FP8 if few else LINEAR_FP8_ANY, x.device)
     kernel.launch(x, weight, scale, groups, quantize_input, out)
+    return out[0]
+
+
+def _fake_linear_fp8_w8a8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, groups: int = 1
+) -> Tensor:
+    return kernels.linear_fp8.result(x, weight, scale, groups, False)
+
+
+@dsv4_op(fake=_fake_linear_fp8_w8a8)
+def linear_fp8_w8a8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, groups: int = 1
+) -> Tensor:
+    """See dsv4.reference.linear.linear_fp8_w8a8."""
+    few = kernels.linear_fp8_sm90.takes(x, weight, groups)
+    out = kernels.linear_fp8_w8a8.outputs(x, x_scale, weight, scale, groups)
+    kernel = select(LINEAR_FP8_W8A8 if few else LINEAR_FP8_W8A8_ANY, x.device)
+    kernel.launch(x, x_scale, weight, scale, groups, out)
     return out[0]
 
 

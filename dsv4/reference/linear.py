@@ -9,7 +9,7 @@ from torch import Tensor
 from dsv4.core.formats import FP8_BLOCK128, BlockScaledTensor
 from dsv4.reference.norm import rms_norm, rms_norm_unweighted
 from dsv4.reference.precision import wide
-from dsv4.reference.quant import dequantize, simulate_fp8
+from dsv4.reference.quant import dequantize, fp8_act_dequantize, simulate_fp8
 
 ACTIVATION_GROUP = 128
 
@@ -43,6 +43,18 @@ def linear_fp8(
     w_GOK = w_GOK.unflatten(0, (groups, -1))
     y_GTO = x.unflatten(-1, (groups, -1)).transpose(0, 1) @ w_GOK.transpose(1, 2)
     return y_GTO.transpose(0, 1).flatten(1)
+
+
+def linear_fp8_w8a8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, groups: int = 1
+) -> Tensor:
+    """linear_fp8 of an input that is FP8 already: what its `quantize_input` makes of it (W8A8).
+
+    x        [T, G K] float8_e4m3fn, as fp8_act_quantize or sparse_attn_decode_fp8 gives it
+    x_scale  [T, G K / 128] float8_e8m0fnu
+    ->       [T, N] BF16; the rest as for linear_fp8
+    """
+    return linear_fp8(fp8_act_dequantize(x, x_scale, torch.bfloat16), weight, scale, groups)
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dsv4.reference.cache_writes import gather_entries, gather_window
 from dsv4.reference.kv_records import kv_page_pack, kv_page_unpack
 from dsv4.reference.norm import rms_norm
 from dsv4.reference.precision import wide_dtype
+from dsv4.reference.quant import fp8_act_quantize
 from dsv4.reference.rope import apply_rope
 
 
@@ -110,6 +111,38 @@ def sparse_attn_prefill(
 ) -> Tensor:  # fmt: skip
     """The same as sparse_attn_decode, for chunks of prompts: thousands of tokens."""
     return sparse_attn_decode(
+        q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
+        sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
+    )  # fmt: skip
+
+
+def sparse_attn_decode_fp8(
+    q: Tensor, step: Tensor, window: Tensor, pages: Tensor, page_table: Tensor,
+    entries: Tensor | None, slot: Tensor, position: Tensor, first_row: Tensor,
+    first_position: Tensor, sink: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float,
+    rows: int, rope_dim: int, ratio: int, entries_per_page: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """sparse_attn_decode, then FP8 with a UE8M0 scale 128 dims of a head: W8A8 for wo_a.
+
+    ->  float8_e4m3fn [T, H, C],  float8_e8m0fnu [T, H, C/128]
+
+    Serving engines round the input of wo_a. The official code and the model here do not (W8A16).
+    """
+    out = sparse_attn_decode(
+        q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
+        sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
+    )  # fmt: skip
+    return fp8_act_quantize(out)
+
+
+def sparse_attn_prefill_fp8(
+    q: Tensor, step: Tensor, window: Tensor, pages: Tensor, page_table: Tensor,
+    entries: Tensor | None, slot: Tensor, position: Tensor, first_row: Tensor,
+    first_position: Tensor, sink: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float,
+    rows: int, rope_dim: int, ratio: int, entries_per_page: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same as sparse_attn_decode_fp8, for chunks of prompts."""
+    return sparse_attn_decode_fp8(
         q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
         sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
     )  # fmt: skip

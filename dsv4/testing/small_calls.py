@@ -80,6 +80,9 @@ def attention_calls(T: int) -> Calls:
             args = AttentionCase(requests(T), heads, 512, 128, *kind, padding=1).args()
             calls[f"sparse_attn_decode/{name}_{heads}"] = args
             calls[f"sparse_attn_prefill/{name}_{heads}"] = args
+            if name == "csa":
+                calls[f"sparse_attn_decode_fp8/{heads}"] = args
+                calls[f"sparse_attn_prefill_fp8/{heads}"] = args
     return calls
 
 
@@ -104,6 +107,8 @@ def linear_calls(T: int) -> Calls:
         args = {"x": x, "weight": weight, "scale": scale, "groups": groups}
         calls[f"linear_fp8/{name}"] = args | {"quantize_input": False}
         calls[f"linear_fp8/{name}_w8a8"] = args | {"quantize_input": True}
+        code, byte = linear.fp8_tokens(T, groups * K)
+        calls[f"linear_fp8_w8a8/{name}"] = args | {"x": code, "x_scale": byte}
     wide = torch.randn(256, 4096).to(torch.bfloat16)
     calls["wide_linear"] = {"x": linear.tokens(T, 4096), "weight": wide}
     calls["joined_wide_linear"] = linear.joined_args(T, 4096, linear.JOINED_FLASH["csa"])

@@ -4,8 +4,12 @@ from dsv4.kernels.attention import (
     kv_step_pack,
     latent_kv_norm_pack,
     sparse_attn_decode,
+    sparse_attn_decode_fp8,
+    sparse_attn_decode_fp8_sm90,
     sparse_attn_decode_sm90,
     sparse_attn_prefill,
+    sparse_attn_prefill_fp8,
+    sparse_attn_prefill_fp8_sm90,
     sparse_attn_prefill_sm90,
 )
 
@@ -13,7 +17,11 @@ __all__ = [
     "kv_step_pack",
     "latent_kv_norm_pack",
     "sparse_attn_decode",
+    "sparse_attn_decode_fp8",
+    "sparse_attn_decode_fp8_sm90",
     "sparse_attn_decode_sm90",
     "sparse_attn_prefill",
+    "sparse_attn_prefill_fp8",
+    "sparse_attn_prefill_fp8_sm90",
     "sparse_attn_prefill_sm90",
 ]

@@ -16,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.core.dispatch import KernelSpec
-from dsv4.kernels.common.attention_checks import LOG2_E, Shape, attention_shape, check_attention
+from dsv4.kernels.common.attention_checks import (
+    LOG2_E,
+    Output,
+    Shape,
+    attention_shape,
+    check_attention,
+)
 from dsv4.kernels.common.launch import INTERPRETED
 from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.sparse_attention import (
@@ -43,11 +49,12 @@ FEW_PROGRAMS = 32  # below that many groups in flight, a program takes one tile
 @triton.jit(do_not_specialize=SIZES)
 def sparse_attn_decode_kernel(
     q_ptr, step_ptr, window_ptr, pages_ptr, table_ptr, entries_ptr, slot_ptr, position_ptr,
-    first_row_ptr, first_position_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, sums_ptr, stats_ptr,
-    scale, T, H, K, max_pages, tiles_each,
+    first_row_ptr, first_position_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, out_scale_ptr,
+    sums_ptr, stats_ptr, scale, T, H, K, max_pages, tiles_each,
     NP: tl.constexpr, ROWS: tl.constexpr, WINDOW_STRIDE: tl.constexpr, PAGE_ROWS: tl.constexpr,
     PAGE_STRIDE: tl.constexpr, RATIO: tl.constexpr, IS_LIST: tl.constexpr,
-    IS_WHOLE: tl.constexpr, IS_ROTATED: tl.constexpr, BLOCK_H: tl.constexpr, TILE: tl.constexpr,
+    IS_WHOLE: tl.constexpr, IS_ROTATED: tl.constexpr, IS_FP8: tl.constexpr,
+    BLOCK_H: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     let_next_start()
     wait_for_previous()
@@ -73,8 +80,9 @@ def sparse_attn_decode_kernel(
         )  # fmt: skip
         if IS_WHOLE:
             store_output(
-                out_ptr + t * H * C, h, H, m, l, acc0, acc1, acc2, acc3, sink_ptr,
-                cos_ptr + t * (CHUNK // 2), sin_ptr + t * (CHUNK // 2), NP, IS_ROTATED,
+                out_ptr + t * H * C, out_scale_ptr + t * H * NP, h, H, m, l, acc0, acc1, acc2, acc3,
+                sink_ptr, cos_ptr + t * (CHUNK // 2), sin_ptr + t * (CHUNK // 2), NP, IS_ROTATED,
+                IS_FP8,
             )  # fmt: skip
         else:
             part = t * tl.num_programs(1) + tl.program_id(1)
@@ -134,10 +142,11 @@ def merge_states(m, l, acc0, acc1, acc2, acc3, top, total, sum0, sum1, sum2, sum
 
 @triton.jit(do_not_specialize=SIZES)
 def sparse_attn_combine_kernel(
-    sums_ptr, stats_ptr, slot_ptr, position_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, H, K,
-    tiles_each, num_parts, parts_of_group,
+    sums_ptr, stats_ptr, slot_ptr, position_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr,
+    out_scale_ptr, H, K, tiles_each, num_parts, parts_of_group,
     NP: tl.constexpr, WINDOW_TILES: tl.constexpr, RATIO: tl.constexpr, IS_LIST: tl.constexpr,
-    IS_ROTATED: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr, UNROLL: tl.constexpr,
+    IS_ROTATED: tl.constexpr, IS_FP8: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     let_next_start()
     wait_for_previous()
@@ -167,8 +176,9 @@ def sparse_attn_combine_kernel(
             m, l, acc0, acc1, acc2, acc3, gm, gl, sum0, sum1, sum2, sum3
         )
     store_output(
-        out_ptr + t * H * C, head[:, None], H, m, l, acc0, acc1, acc2, acc3, sink_ptr,
-        cos_ptr + t * (CHUNK // 2), sin_ptr + t * (CHUNK // 2), NP, IS_ROTATED,
+        out_ptr + t * H * C, out_scale_ptr + t * H * NP, head[:, None], H, m, l, acc0, acc1, acc2,
+        acc3, sink_ptr, cos_ptr + t * (CHUNK // 2), sin_ptr + t * (CHUNK // 2), NP, IS_ROTATED,
+        IS_FP8,
     )  # fmt: skip
 
 
@@ -187,11 +197,16 @@ def outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Allocate the result [T, H, C] and, where programs share a token, their sums and m, l."""
     shape = attention_shape(q, page_table, entries, rope_dim, entries_per_page)
+    return torch.empty_like(q), *partials(shape, rows, q)
+
+
+def partials(shape: Shape, rows: int, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate the sums and m, l of programs that share a token."""
     tiles, each = tiles_of(shape, rows)
     parts = -(-tiles // each)
     size = (shape.T, parts if parts > 1 else 0, shape.H)
     sums = q.new_empty((*size, q.shape[2]), dtype=torch.float32)
-    return torch.empty_like(q), sums, q.new_empty((*size, 2), dtype=torch.float32)
+    return sums, q.new_empty((*size, 2), dtype=torch.float32)
 
 
 def launch(
@@ -202,41 +217,50 @@ def launch(
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Fill `out`. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    result, sums, stats = out
+    result, *shared = out
     args = (
         q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
         sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
     )  # fmt: skip
-    shape = check_attention(*args, result)
+    attend(args, Output(result), *shared)
+
+
+def attend(args: tuple, out: Output, sums: Tensor, stats: Tensor) -> None:
+    """Check the arguments of the op, and fill `out`, BF16 or FP8."""
+    shape = check_attention(*args, out)
     if shape.T == 0 or shape.H == 0:
         return
+    (
+        q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
+        sink, cos, sin, scale, rows, _, ratio, entries_per_page,
+    ) = args  # fmt: skip
     tiles, each = tiles_of(shape, rows)
     parts = -(-tiles // each)
     angles = (sink, sink) if cos is None else (cos, sin)
     sparse_attn_decode_kernel[(shape.T * shape.head_blocks, parts)](
         q, step, window, pages, page_table, entries if shape.is_list else page_table, slot,
-        position, first_row, first_position, sink, *angles, result, sums, stats,
+        position, first_row, first_position, sink, *angles, *out.pointers(), sums, stats,
         scale * LOG2_E, shape.T, shape.H, shape.num_entries, page_table.shape[1], each,
         NP=shape.num_pieces, ROWS=rows, WINDOW_STRIDE=window.shape[1], PAGE_ROWS=entries_per_page,
         PAGE_STRIDE=shape.record.page_bytes(entries_per_page), RATIO=ratio, IS_LIST=shape.is_list,
-        IS_WHOLE=parts == 1, IS_ROTATED=cos is not None, BLOCK_H=shape.block_h,
-        **CONFIG, **PDL,
+        IS_WHOLE=parts == 1, IS_ROTATED=cos is not None, IS_FP8=out.scale is not None,
+        BLOCK_H=shape.block_h, **CONFIG, **PDL,
     )  # fmt: skip
     if parts > 1:
-        combine(shape, args, out, each, parts)
+        combine(shape, args, out, sums, stats, each, parts)
 
 
 def combine(
-    shape: Shape, args: tuple, out: tuple[Tensor, Tensor, Tensor], each: int, parts: int
+    shape: Shape, args: tuple, out: Output, sums: Tensor, stats: Tensor, each: int, parts: int
 ) -> None:
     """Add the parts of each token, `each` tiles in one, in order; args are those of the op."""
-    result, sums, stats = out
     slot, position, sink, cos, sin, rows, ratio = (args[i] for i in (6, 7, 10, 11, 12, 14, 16))
     angles = (sink, sink) if cos is None else (cos, sin)
     sparse_attn_combine_kernel[(shape.T * -(-shape.H // COMBINE["HEADS"]),)](
-        sums, stats, slot, position, sink, *angles, result, shape.H, shape.num_entries, each,
-        parts, GROUP // each, NP=shape.num_pieces, WINDOW_TILES=-(-rows // TILE), RATIO=ratio,
-        IS_LIST=shape.is_list, IS_ROTATED=cos is not None, TILE=TILE, **COMBINE, **PDL,
+        sums, stats, slot, position, sink, *angles, *out.pointers(), shape.H, shape.num_entries,
+        each, parts, GROUP // each, NP=shape.num_pieces, WINDOW_TILES=-(-rows // TILE),
+        RATIO=ratio, IS_LIST=shape.is_list, IS_ROTATED=cos is not None,
+        IS_FP8=out.scale is not None, TILE=TILE, **COMBINE, **PDL,
     )  # fmt: skip
 
 

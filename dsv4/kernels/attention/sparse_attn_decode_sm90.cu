@@ -5,6 +5,8 @@
 // read records and write them as BF16 into one of two buffers, swizzled in 128-byte rows so that the
 // same bytes serve as keys (dims contiguous) and as values (transposed by the descriptor).
 
+// FP8  whether the result is E4M3 with a scale for 128 dims, not BF16
+
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -24,7 +26,7 @@ struct Params {
     const int* entries;
     const i64 *slot, *position, *first_row, *first_position;
     const float *sink, *cos, *sin;
-    u8* out;
+    u8 *out, *out_scale;
     float *sums, *stats;
     float scale;
     int T, H, K, max_pages, tiles_each, parts, rows, page_rows, ratio, entry_words, page_magic, is_rotated;
@@ -368,30 +370,87 @@ __device__ __forceinline__ void consume(
 
 // What leaves: the finished heads, or a part for the combination
 
-__device__ __forceinline__ void store_result(const Params& p, const Query& query, State& state) {
+__device__ __forceinline__ int head_of(const Query& query, int k) {  // of row k of a thread
+    return query.head + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * k;
+}
+
+__device__ __forceinline__ float inverse_sum(const Params& p, const State& state, int h, int k) {
+    float total = state.l[k] + exp2f(p.sink[h] * LOG2_E - state.m[k]);
+    return __fdiv_rn(1.f, total == 0.f ? 1.f : total);
+}
+
+// Dims c * 64 + 8 j + column and the next of this warp group's half, divided and rotated back: BF16.
+__device__ __forceinline__ u32 finished(
+    const Params& p, const Query& query, const State& state, int c, int j, int k, float inverse) {
+    float a = state.acc[c][4 * j + 2 * k] * inverse;
+    float b = state.acc[c][4 * j + 2 * k + 1] * inverse;
+    if (c == 3 && threadIdx.x / 128 == 1 && p.is_rotated) {
+        int pair = 4 * j + threadIdx.x % 4;
+        float cos = p.cos[query.t * 32 + pair], sin = p.sin[query.t * 32 + pair];
+        float real = fmaf(a, cos, __fmul_rn(b, sin));
+        b = fmaf(b, cos, -__fmul_rn(a, sin));
+        a = real;
+    }
+    return pack_bf16(a, b);
+}
+
+__device__ __forceinline__ void store_bf16(const Params& p, const Query& query, const State& state) {
     int wg = threadIdx.x / 128, column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        int h = query.head + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * k;
+        int h = head_of(query, k);
         if (h >= p.H) continue;
-        float total = state.l[k] + exp2f(p.sink[h] * LOG2_E - state.m[k]);
-        float inverse = __fdiv_rn(1.f, total == 0.f ? 1.f : total);
+        float inverse = inverse_sum(p, state, h, k);
         u8* out = p.out + ((query.t * p.H + h) * C + wg * 256) * 2;
 #pragma unroll
         for (int c = 0; c < 4; c++) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float a = state.acc[c][4 * j + 2 * k] * inverse;
-                float b = state.acc[c][4 * j + 2 * k + 1] * inverse;
-                int dim = 8 * j + column;
-                if (c == 3 && wg == 1 && p.is_rotated) {
-                    float cos = p.cos[query.t * 32 + dim / 2], sin = p.sin[query.t * 32 + dim / 2];
-                    float real = fmaf(a, cos, __fmul_rn(b, sin));
-                    b = fmaf(b, cos, -__fmul_rn(a, sin));
-                    a = real;
-                }
-                *reinterpret_cast<u32*>(out + (c * 64 + dim) * 2) = pack_bf16(a, b);
+            for (int j = 0; j < 8; j++)
+                *reinterpret_cast<u32*>(out + (c * 64 + 8 * j + column) * 2) =
+                    finished(p, query, state, c, j, k, inverse);
+        }
+    }
+}
+
+// The exponent byte of a scale for the bits of the largest magnitude; see `e8m0_byte` in bits.py.
+__device__ __forceinline__ u32 scale_byte(u32 amax) {
+    amax = max(amax, 0x38D1B717u);  // 1e-4
+    u32 bits = __float_as_uint(__fmul_rn(__uint_as_float(amax), 1.f / 448.f)) & 0x7FFFFFFFu;
+    return min((bits >> 23) + ((bits & 0x7FFFFF) != 0), 255u);
+}
+
+// What store_bf16 would write, rounded again. The four threads of a row share its maxima, and a warp
+// exchanges them as a whole: heads beyond the last take part, and only write nothing.
+__device__ __forceinline__ void store_fp8(const Params& p, const Query& query, const State& state) {
+    int wg = threadIdx.x / 128, column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int h = head_of(query, k);
+        bool live = h < p.H;
+        float inverse = inverse_sum(p, state, live ? h : 0, k);
+        i64 row = query.t * p.H + h;
+#pragma unroll
+        for (int group = 0; group < 2; group++) {
+            u32 pairs[16], amax = 0;
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                pairs[i] = finished(p, query, state, 2 * group + i / 8, i % 8, k, inverse);
+                amax = max(amax, max((pairs[i] & 0x7FFF) << 16, pairs[i] & 0x7FFF0000));
             }
+            amax = max(amax, __shfl_xor_sync(~0u, amax, 1));
+            amax = max(amax, __shfl_xor_sync(~0u, amax, 2));
+            u32 byte = scale_byte(amax);
+            float factor = __uint_as_float(byte == 255 ? 0x7FC00000u : (254 - byte) << 23);
+            u8* out = p.out + row * C + wg * 256 + group * 128 + column;
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                unsigned short codes;
+                asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+                    : "=h"(codes)
+                    : "f"(high_half(pairs[i]) * factor), "f"(low_half(pairs[i]) * factor));
+                if (live) *reinterpret_cast<unsigned short*>(out + i * 8) = codes;
+            }
+            if (live && column == 0) p.out_scale[row * (C / 128) + wg * 2 + group] = byte;
         }
     }
 }
@@ -401,7 +460,7 @@ __device__ __forceinline__ void store_part(const Params& p, const Query& query, 
     i64 part = query.t * p.parts + query.part;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        int h = query.head + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * k;
+        int h = head_of(query, k);
         if (h >= p.H) continue;
         if (wg == 0 && threadIdx.x % 4 == 0) {
             p.stats[(part * p.H + h) * 2] = state.m[k];
@@ -440,13 +499,13 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
     const u8* q, const u8* step, const u8* window, const u8* pages, const int* table,
     const int* entries, const i64* slot, const i64* position, const i64* first_row,
     const i64* first_position, const float* sink, const float* cos, const float* sin, u8* out,
-    float* sums, float* stats, float scale, int T, int H, int K, int max_pages, int tiles_each,
+    u8* out_scale, float* sums, float* stats, float scale, int T, int H, int K, int max_pages, int tiles_each,
     int parts, int rows, int page_rows, int ratio, int entry_words, int page_magic, int is_rotated) {
     extern __shared__ u8 unaligned[];
     u8* smem = unaligned + (-shared_address(unaligned) & 1023);
     const Params p = {
         q, step, window, pages, table, entries, slot, position, first_row, first_position, sink,
-        cos, sin, out, sums, stats, scale, T, H, K, max_pages, tiles_each, parts,
+        cos, sin, out, out_scale, sums, stats, scale, T, H, K, max_pages, tiles_each, parts,
         rows, page_rows, ratio, entry_words, page_magic, is_rotated};
     // The next kernel may start to wait; what the one before wrote may be read.
     asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
@@ -486,10 +545,12 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         asm volatile("bar.sync 1, 256;" ::: "memory");  // the consumers alone
         State state = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
         consume(p, end - first, smem, full, empty, state);
-        if (parts == 1) {
-            store_result(p, query, state);
-        } else {
+        if (parts > 1) {
             store_part(p, query, state);
+        } else if (FP8) {
+            store_fp8(p, query, state);
+        } else {
+            store_bf16(p, query, state);
         }
     }
 }

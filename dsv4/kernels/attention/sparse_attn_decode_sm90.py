@@ -9,6 +9,7 @@ combination are those of sparse_attn_decode.py.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -16,16 +17,22 @@ from torch import Tensor
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.attention import sparse_attn_decode as portable
 from dsv4.kernels.attention.sparse_attn_decode import REFERENCE, outputs
-from dsv4.kernels.common.attention_checks import LOG2_E, Shape, check_attention
+from dsv4.kernels.common.attention_checks import LOG2_E, Output, Shape, check_attention
 from dsv4.kernels.common.cuda import Source, load, why_not
 
 __all__ = ["REFERENCE", "outputs"]
 CONFIG = {"threads": 512, "shared_bytes": 3 * 65536 + 2 * 64 * 4 + 32 + 1024}
 HEADS, DIMS = 64, 512
 
-sparse_attn_decode_kernel = Source.of(
-    Path(__file__).with_suffix(".cu"), "sparse_attn_sm90_kernel", {}
-)
+
+@cache
+def source(is_fp8: bool) -> Source:
+    """The device function for a result in BF16 or in FP8."""
+    path = Path(__file__).with_suffix(".cu")
+    return Source.of(path, "sparse_attn_sm90_kernel", {"FP8": int(is_fp8)})
+
+
+sparse_attn_decode_kernel = source(False)
 
 
 def sources() -> list[tuple[Source, str]]:
@@ -46,22 +53,27 @@ def launch(
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Fill `out`. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    result, sums, stats = out
+    result, *shared = out
     args = (
         q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
         sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
     )  # fmt: skip
-    shape = check_attention(*args, result)
+    attend(args, Output(result), *shared)
+
+
+def attend(args: tuple, out: Output, sums: Tensor, stats: Tensor) -> None:
+    """Check the arguments of the op, and fill `out`, BF16 or FP8."""
+    shape = check_attention(*args, out)
     if not fits(shape):
-        portable.launch(*args, out)
+        portable.attend(args, out, sums, stats)
         return
     if shape.T == 0 or shape.H == 0:
         return
-    tiles, each = portable.tiles_of(shape, rows)
+    tiles, each = portable.tiles_of(shape, args[14])
     parts = -(-tiles // each)
-    run(shape, args, (result, sums, stats), each, parts)
+    run(shape, args, out, sums, stats, each, parts)
     if parts > 1:
-        portable.combine(shape, args, (result, sums, stats), each, parts)
+        portable.combine(shape, args, out, sums, stats, each, parts)
 
 
 def magic(divisor: int) -> int:
@@ -71,8 +83,8 @@ def magic(divisor: int) -> int:
 
 
 def run(
-    shape: Shape, args: tuple, out: tuple[Tensor, Tensor, Tensor], each: int, parts: int
-) -> None:  # fmt: skip
+    shape: Shape, args: tuple, out: Output, sums: Tensor, stats: Tensor, each: int, parts: int
+) -> None:
     """Launch the main kernel: `parts` programs of `each` tiles for 64 heads of a token."""
     (
         q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
@@ -81,10 +93,10 @@ def run(
     is_rotated = cos is not None
     angles = (cos, sin) if is_rotated else (sink, sink)
     chosen = page_table if entries is None else entries
-    load(sparse_attn_decode_kernel, q.device, CONFIG["shared_bytes"]).launch(
+    load(source(out.scale is not None), q.device, CONFIG["shared_bytes"]).launch(
         shape.T * -(-shape.H // HEADS) * parts, CONFIG["threads"],
         q, step, window, pages, page_table, chosen, slot, position, first_row, first_position,
-        sink, *angles, *out, scale * LOG2_E, shape.T, shape.H, shape.num_entries,
+        sink, *angles, *out, sums, stats, scale * LOG2_E, shape.T, shape.H, shape.num_entries,
         page_table.shape[1], each, parts, rows, entries_per_page, ratio,
         0 if entries is None else entries.element_size() // 4, magic(entries_per_page),
         int(is_rotated), overlaps=True,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor, empty_like
 
 from dsv4.core.dispatch import KernelSpec
-from dsv4.kernels.common.attention_checks import LOG2_E, check_attention
+from dsv4.kernels.common.attention_checks import LOG2_E, Output, check_attention
 from dsv4.kernels.common.launch import INTERPRETED
 from dsv4.kernels.common.sparse_attention import CHUNK, PIECE, attend_tiles, store_output
 
@@ -27,11 +27,11 @@ SIZES = ["T", "H", "K", "max_pages"]  # one binary for all
 @triton.jit(do_not_specialize=SIZES)
 def sparse_attn_prefill_kernel(
     q_ptr, step_ptr, window_ptr, pages_ptr, table_ptr, entries_ptr, slot_ptr, position_ptr,
-    first_row_ptr, first_position_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr,
+    first_row_ptr, first_position_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, out_scale_ptr,
     scale, T, H, K, max_pages,
     NP: tl.constexpr, ROWS: tl.constexpr, WINDOW_STRIDE: tl.constexpr, PAGE_ROWS: tl.constexpr,
     PAGE_STRIDE: tl.constexpr, RATIO: tl.constexpr, IS_LIST: tl.constexpr,
-    IS_ROTATED: tl.constexpr, BLOCK_H: tl.constexpr, TILE: tl.constexpr,
+    IS_ROTATED: tl.constexpr, IS_FP8: tl.constexpr, BLOCK_H: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     C: tl.constexpr = NP * PIECE
     head_blocks = tl.cdiv(H, BLOCK_H)
@@ -50,8 +50,8 @@ def sparse_attn_prefill_kernel(
         NP, ROWS, PAGE_ROWS, PAGE_STRIDE, IS_LIST, BLOCK_H, TILE,
     )  # fmt: skip
     store_output(
-        out_ptr + t * H * C, h, H, m, l, acc0, acc1, acc2, acc3, sink_ptr,
-        cos_ptr + t * (CHUNK // 2), sin_ptr + t * (CHUNK // 2), NP, IS_ROTATED,
+        out_ptr + t * H * C, out_scale_ptr + t * H * NP, h, H, m, l, acc0, acc1, acc2, acc3,
+        sink_ptr, cos_ptr + t * (CHUNK // 2), sin_ptr + t * (CHUNK // 2), NP, IS_ROTATED, IS_FP8,
     )  # fmt: skip
 
 
@@ -72,22 +72,32 @@ def launch(
     rows: int, rope_dim: int, ratio: int, entries_per_page: int, out: Tensor,
 ) -> None:  # fmt: skip
     """Fill `out`. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    shape = check_attention(
+    args = (
         q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
-        sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page, out,
+        sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
     )  # fmt: skip
+    attend(args, Output(out))
+
+
+def attend(args: tuple, out: Output) -> None:
+    """Check the arguments of the op, and fill `out`, BF16 or FP8."""
+    shape = check_attention(*args, out)
     if shape.T == 0 or shape.H == 0:
         return
+    (
+        q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
+        sink, cos, sin, scale, rows, _, ratio, entries_per_page,
+    ) = args  # fmt: skip
     is_rotated = cos is not None
     angles = (cos, sin) if is_rotated else (sink, sink)
     sparse_attn_prefill_kernel[(shape.T * shape.head_blocks,)](
         q, step, window, pages, page_table, entries if shape.is_list else page_table, slot,
-        position, first_row, first_position, sink, *angles, out,
+        position, first_row, first_position, sink, *angles, *out.pointers(),
         scale * LOG2_E, shape.T, shape.H, shape.num_entries, page_table.shape[1],
         ROWS=rows, WINDOW_STRIDE=window.shape[1], PAGE_ROWS=entries_per_page,
         PAGE_STRIDE=shape.record.page_bytes(entries_per_page), RATIO=ratio,
-        IS_LIST=shape.is_list, IS_ROTATED=is_rotated, BLOCK_H=shape.block_h,
-        NP=shape.num_pieces, **CONFIG,
+        IS_LIST=shape.is_list, IS_ROTATED=is_rotated, IS_FP8=out.scale is not None,
+        BLOCK_H=shape.block_h, NP=shape.num_pieces, **CONFIG,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.attention import sparse_attn_decode_sm90 as decode
 from dsv4.kernels.attention import sparse_attn_prefill as portable
 from dsv4.kernels.attention.sparse_attn_prefill import REFERENCE, outputs
-from dsv4.kernels.common.attention_checks import check_attention
+from dsv4.kernels.common.attention_checks import Output, check_attention
 from dsv4.kernels.common.cuda import why_not
 
 __all__ = ["REFERENCE", "outputs"]
@@ -33,11 +33,17 @@ def launch(
         q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
         sink, cos, sin, scale, rows, rope_dim, ratio, entries_per_page,
     )  # fmt: skip
+    attend(args, Output(out))
+
+
+def attend(args: tuple, out: Output) -> None:
+    """Check the arguments of the op, and fill `out`, BF16 or FP8."""
     shape = check_attention(*args, out)
     if not decode.fits(shape):
-        portable.launch(*args, out)
+        portable.attend(args, out)
     elif shape.T and shape.H:
-        decode.run(shape, args, (out, sink, sink), ALL_TILES, 1)
+        sink = args[10]
+        decode.run(shape, args, out, sink, sink, ALL_TILES, 1)
 
 
 SPEC = KernelSpec("sparse_attn_prefill/sm90", launch, arch=(9,), requires=why_not)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,6 +51,39 @@ class Shape:
         return -(-self.H // self.block_h)
 
 
+class Output(NamedTuple):
+    """Where the result of a call goes.
+
+    values  [T, H, C] BF16, or E4M3
+    scale   [T, H, C/128] UE8M0 of E4M3 values; None: they are BF16
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def specs(self) -> dict[str, tuple[Tensor, str, torch.dtype]]:
+        """What check_tensors takes."""
+        if self.scale is None:
+            return {"out": (self.values, "T H C", torch.bfloat16)}
+        groups = self.values.shape[-1] // PIECE_DIMS
+        return {
+            "out": (self.values, "T H C", torch.float8_e4m3fn),
+            "out_scale": (self.scale, f"T H {groups}", torch.float8_e8m0fnu),
+        }
+
+    def pointers(self) -> tuple[Tensor, Tensor]:
+        """Values and scales for a Triton kernel, FP8 as bytes; without scales something unused."""
+        if self.scale is None:
+            return self.values, self.values
+        return self.values.view(torch.uint8), self.scale.view(torch.uint8)
+
+
+def fp8_output(q: Tensor) -> Output:
+    """Allocate the FP8 result of queries [T, H, C]."""
+    scale = q.new_empty((*q.shape[:2], q.shape[2] // PIECE_DIMS), dtype=torch.float8_e8m0fnu)
+    return Output(q.new_empty(q.shape, dtype=torch.float8_e4m3fn), scale)
+
+
 def attention_shape(
     q: Tensor, page_table: Tensor, entries: Tensor | None, rope_dim: int, entries_per_page: int
 ) -> Shape:
@@ -64,7 +98,7 @@ def check_attention(
     q: Tensor, step: Tensor, window: Tensor, pages: Tensor, page_table: Tensor,
     entries: Tensor | None, slot: Tensor, position: Tensor, first_row: Tensor,
     first_position: Tensor, sink: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float,
-    rows: int, rope_dim: int, ratio: int, entries_per_page: int, out: Tensor,
+    rows: int, rope_dim: int, ratio: int, entries_per_page: int, out: Output,
 ) -> Shape:  # fmt: skip
     """Check the arguments of an attention op. Raises ValueError naming one."""
     if q.dim() != 3:
@@ -91,7 +125,7 @@ def check_attention(
         "first_row": (first_row, "T", torch.int64),
         "first_position": (first_position, "T", torch.int64),
         "sink": (sink, "H", torch.float32),
-        "out": (out, "T H C", torch.bfloat16),
+        **out.specs(),
     }
     if entries is not None:
         if entries.dtype not in (torch.int32, torch.int64):

@@ -17,6 +17,7 @@ from dsv4.kernels.common.attention_checks import LOG2_E as _LOG2_E
 from dsv4.kernels.common.attention_checks import PIECE_DIMS
 from dsv4.kernels.common.bits import E8M0_NAN, e4m3_value, e8m0_value, narrow, widen
 from dsv4.kernels.common.launch import INTERPRETED as _INTERPRETED
+from dsv4.kernels.common.rows import fp8_rows
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
 CHUNK = tl.constexpr(64)  # bytes; dims that share a scale; RoPE dims
@@ -291,27 +292,44 @@ def rotate_back(x, cos_ptr, sin_ptr):
 
 @triton.jit
 def store_piece(
-    out_ptr, h, H, acc, inverse, cos_ptr, sin_ptr, I: tl.constexpr, NP: tl.constexpr,
-    IS_ROTATED: tl.constexpr,
+    out_ptr, out_scale_ptr, h, H, acc, inverse, cos_ptr, sin_ptr, I: tl.constexpr,
+    NP: tl.constexpr, IS_ROTATED: tl.constexpr, IS_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Finish and write piece I of the heads h [BLOCK_H, 1] of one query, BF16."""
+    """Finish and write piece I of the heads h [BLOCK_H, 1] of one query.
+
+    BF16, or if IS_FP8 what that rounds to: a piece is the 128 dims that share a scale.
+    """
     if I < NP:
         x = acc * inverse
         if IS_ROTATED and I + 1 == NP:
             x = rotate_back(x, cos_ptr, sin_ptr)
         c = I * PIECE + tl.arange(0, PIECE)[None, :]
-        tl.store(out_ptr + h * (NP * PIECE) + c, to_bf16(x), h < H)
+        y = to_bf16(x)
+        if IS_FP8:
+            code, byte = fp8_rows(widen(y))
+            tl.store(out_ptr + h * (NP * PIECE) + c, code, h < H)
+            tl.store(out_scale_ptr + h * NP + I, byte[:, None], h < H)
+        else:
+            tl.store(out_ptr + h * (NP * PIECE) + c, y, h < H)
 
 
 @triton.jit
 def store_output(
-    out_ptr, h, H, m, l, acc0, acc1, acc2, acc3, sink_ptr, cos_ptr, sin_ptr,
-    NP: tl.constexpr, IS_ROTATED: tl.constexpr,
+    out_ptr, out_scale_ptr, h, H, m, l, acc0, acc1, acc2, acc3, sink_ptr, cos_ptr, sin_ptr,
+    NP: tl.constexpr, IS_ROTATED: tl.constexpr, IS_FP8: tl.constexpr,
 ):  # fmt: skip
     """Divide, rotate back and write the heads h [BLOCK_H, 1] of one query."""
     sink = tl.load(sink_ptr + h, h < H, 0.0)
     inverse = finish(m[:, None], l[:, None], sink)
-    store_piece(out_ptr, h, H, acc0, inverse, cos_ptr, sin_ptr, 0, NP, IS_ROTATED)
-    store_piece(out_ptr, h, H, acc1, inverse, cos_ptr, sin_ptr, 1, NP, IS_ROTATED)
-    store_piece(out_ptr, h, H, acc2, inverse, cos_ptr, sin_ptr, 2, NP, IS_ROTATED)
-    store_piece(out_ptr, h, H, acc3, inverse, cos_ptr, sin_ptr, 3, NP, IS_ROTATED)
+    store_piece(
+        out_ptr, out_scale_ptr, h, H, acc0, inverse, cos_ptr, sin_ptr, 0, NP, IS_ROTATED, IS_FP8
+    )
+    store_piece(
+        out_ptr, out_scale_ptr, h, H, acc1, inverse, cos_ptr, sin_ptr, 1, NP, IS_ROTATED, IS_FP8
+    )
+    store_piece(
+        out_ptr, out_scale_ptr, h, H, acc2, inverse, cos_ptr, sin_ptr, 2, NP, IS_ROTATED, IS_FP8
+    )
+    store_piece(
+        out_ptr, out_scale_ptr, h, H, acc3, inverse, cos_ptr, sin_ptr, 3, NP, IS_ROTATED, IS_FP8
+    )

@@ -62,15 +62,19 @@ def _load_scale(scale_ptr, row, block, num_blocks, live, IS_E8M0: tl.constexpr):
 def stage_tokens_kernel(
     x_ptr, staged_ptr, scale_ptr, M, columns, QUANT: tl.constexpr, BM: tl.constexpr
 ):
-    """Write a block of 128 columns in the order of products, FP8 with scales if QUANT."""
+    """Write a block of 128 columns in the order of products, FP8 if QUANT.
+
+    Scales are written for BF16 input; FP8 has its own.
+    """
     token, block = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
     live = (token < M)[:, None]
     at = token[:, None].to(tl.int64) * columns + block * BLOCK + tl.arange(0, SPAN)[None, :]
     x0 = tl.load(x_ptr + at, live, 0.0)
     x1 = tl.load(x_ptr + at + SPAN, live, 0.0)
     if QUANT:
-        x0, x1, scale = quantize_fp8_pair(x0, x1)
-        tl.store(scale_ptr + token.to(tl.int64) * (columns // BLOCK) + block, scale, token < M)
+        if x0.dtype == tl.bfloat16:
+            x0, x1, scale = quantize_fp8_pair(x0, x1)
+            tl.store(scale_ptr + token.to(tl.int64) * (columns // BLOCK) + block, scale, token < M)
         y0, y1 = fp8_input(x0, BM), fp8_input(x1, BM)
     else:
         y0, y1 = input_fragment(x0, BM), input_fragment(x1, BM)
@@ -106,10 +110,13 @@ def _chunk_sum(
         scale = _load_scale(scale_ptr, scale_row, block, num_blocks, scale_row < N, IS_E8M0)
         zero = tl.zeros([BN, BM], tl.float32)
         if QUANT:
-            if STAGED:
-                x_scale = tl.load(x_scale_ptr + token * (x_stride // BLOCK) + block, token < M, 0.0)
-            else:
+            if x0.dtype == tl.bfloat16:
                 x0, x1, x_scale = quantize_fp8_pair(x0, x1)
+            else:
+                x_scale = tl.load(x_scale_ptr + token * (x_stride // BLOCK) + block, token < M, 0)
+                if x_scale.dtype == tl.uint8:
+                    x_scale = e8m0_value(x_scale.to(tl.int32))
+            if not STAGED:
                 x0, x1 = fp8_input(x0, BM), fp8_input(x1, BM)
             a0, a1 = fp8_fragment(w0, BN, NUM_WARPS), fp8_fragment(w1, BN, NUM_WARPS)
             scale_NM = scale[:, None] * x_scale[None, :]
@@ -175,7 +182,7 @@ def linear_fp8_kernel(
 
 def result(x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input: bool) -> Tensor:
     """Allocate y [T, N] BF16: the op's fake."""
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
 
 
 def _is_staged(T: int, K: int) -> bool:
@@ -209,15 +216,18 @@ def outputs(
 
 
 def check(
-    x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input: bool, y: Tensor
-) -> tuple[int, int, int]:
-    """Check the arguments; -> T, N, K."""
+    x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input: bool, y: Tensor,
+    x_scale: Tensor | None = None,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Check the arguments; -> T, N, K. x is FP8 if it has scales."""
     check_int("groups", groups)
+    given = {} if x_scale is None else {"x_scale": (x_scale, "T x_blocks", torch.float8_e8m0fnu)}
     sizes = check_tensors(
-        x=(x, "T GK", torch.bfloat16),
+        x=(x, "T GK", torch.bfloat16 if x_scale is None else torch.float8_e4m3fn),
         weight=(weight, "N K", torch.float8_e4m3fn),
         scale=(scale, "rows blocks", scale.dtype),
         y=(y, "T N", torch.bfloat16),
+        **given,
     )
     N, K = sizes["N"], sizes["K"]
     check_scale("scale", scale, N, K)
@@ -227,6 +237,9 @@ def check(
         raise ValueError(f"x: expected shape [T, {groups * K}], got {list(x.shape)}")
     if quantize_input and K % 128:
         raise ValueError(f"weight: expected columns in whole groups of 128, got {K}")
+    if x_scale is not None and x_scale.shape[1] != groups * K // 128:
+        want = [sizes["T"], groups * K // 128]
+        raise ValueError(f"x_scale: expected shape {want}, got {list(x_scale.shape)}")
     return sizes["T"], N, K
 
 
@@ -235,8 +248,18 @@ def launch(
     out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    y, partial, counters, staged, x_scale = out
-    T, N, K = check(x, weight, scale, groups, quantize_input, y)
+    *own, x_scale = out
+    check(x, weight, scale, groups, quantize_input, own[0])
+    multiply(x, x_scale, weight, scale, groups, quantize_input, tuple(own))
+
+
+def multiply(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, groups: int, is_w8a8: bool,
+    out: tuple[Tensor, ...],
+) -> None:  # fmt: skip
+    """Fill y, the first of `out`. x_scale: scales of FP8 x as bytes, or room for those of BF16."""
+    y, partial, counters, staged = out
+    T, (N, K) = x.shape[0], weight.shape
     if T == 0:
         return
     c = cut(N, K, groups)
@@ -246,12 +269,12 @@ def launch(
     is_staged = _is_staged(T, K)
     if is_staged:
         grid = triton.cdiv(T, STAGE["BM"]), groups * K // 128
-        stage_tokens_kernel[grid](x, staged, x_scale, T, groups * K, QUANT=quantize_input, **STAGE)
+        stage_tokens_kernel[grid](x, staged, x_scale, T, groups * K, QUANT=is_w8a8, **STAGE)
     linear_fp8_kernel[p.grid](
         staged if is_staged else x, x_scale, weight.view(torch.uint8),
         scale.view(torch.uint8) if is_e8m0 else scale, y, partial, counters, T, N, K, N // groups,
         p.tiles_per_group, c.chunk, c.num_chunks, groups * K,
-        IS_SPLIT=p.is_split, STAGED=is_staged, QUANT=quantize_input, IS_E8M0=is_e8m0,
+        IS_SPLIT=p.is_split, STAGED=is_staged, QUANT=is_w8a8, IS_E8M0=is_e8m0,
         EVEN_K=K % 128 == 0, NUM_WARPS=p.tile["num_warps"], num_warps=p.tile["num_warps"], **tile,
     )  # fmt: skip
 

@@ -18,7 +18,8 @@ typedef unsigned long long u64;
 // CHUNK  steps of 128 columns in a chunk  CLUSTER  blocks that share an output
 // DEPTH  steps under way for a thread  SPLIT  whether sums of chunks go to memory, one chunk a block
 // WIDE   whether a chunk's x is staged block by block, all warpgroups at the same one
-// QUANT  whether x is rounded to FP8  E8M0   whether scales are bytes, not FP32
+// QUANT  0: x is BF16, 1: it is rounded to FP8, 2: it is FP8 with scales already
+// E8M0   whether scales of weights are bytes, not FP32
 // WARP_MMA  whether products are a warp's, not a warp group's
 constexpr int THREADS = NWG * 128, UNITS = RT * KW / NWG, ACC = NTOK / 2;
 constexpr int STAGE = NWG * 8192;             // bytes of one step of all warpgroups
@@ -165,8 +166,13 @@ __device__ __forceinline__ float* x_scale(u8* xs, int block, int token) {
 __device__ __forceinline__ void stage(u8* xs, int token, int piece, const uint4& v) {
   const int c = piece % 8, q = c / 2;
 #if QUANT
+#if QUANT == 2
+  const u32 low = v.x, high = v.y;
+  const float scale = e8m0(v.z);
+#else
   u32 low, high;
   const float scale = quantize(v, low, high);
+#endif
   u8* tile = xs + piece / 16 * X_BLOCK;
   const int chunk = piece / 8 % 2 * 4 + c % 2 * 2;
   *(u32*)(tile + swizzled(token, chunk) + 4 * q) = low;
@@ -213,8 +219,9 @@ __device__ __forceinline__ void store_bf16(u8* to, const float4& v) {
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
-linear_fp8_kernel(const u8* __restrict__ x, const u8* __restrict__ weight, const u8* scale, u8* y,
-                  float4* partial, int T, int N, int K, int x_stride, int group_rows, int parts) {
+linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __restrict__ weight,
+                  const u8* scale, u8* y, float4* partial, int T, int N, int K, int x_stride,
+                  int group_rows, int parts) {
   extern __shared__ __align__(1024) u8 memory[];
   asm volatile("griddepcontrol.launch_dependents;");
   const int tid = threadIdx.x, wg = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
@@ -329,13 +336,25 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* __restrict__ weight, const
   // From here on what the kernel before this one wrote may be read. Tokens from T on stay what they
   // are in shared memory: no other token depends on them, and nobody reads their sums.
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  const u8* x_from = x + ((size_t)(first_row / group_rows) * K + block0 * 128) * 2;
+  const size_t x_at = (size_t)(first_row / group_rows) * K + block0 * 128;
+  const u8* x_from = x + x_at * (QUANT == 2 ? 1 : 2);
   auto load_x = [&](int token, int piece) {
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (token < T && piece < blocks * 16)
+    if (token < T && piece < blocks * 16) {
+#if QUANT == 2
+      asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(v.x), "=r"(v.y)
+                   : "l"(x_from + (size_t)token * x_stride + piece * 8));
+      if (piece % 16 == 0)
+        asm volatile("ld.global.u8 %0, [%1];"
+                     : "=r"(v.z)
+                     : "l"(x_scales + (x_at + (size_t)token * x_stride) / 128 + piece / 16));
+#else
       asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                    : "l"(x_from + ((size_t)token * x_stride + piece * 8) * 2));
+#endif
+    }
     return v;
   };
   float acc[UNITS][ACC] = {};

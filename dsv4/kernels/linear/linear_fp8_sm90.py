@@ -28,6 +28,7 @@ SHARED_BYTES = 227 << 10
 PITCH_BYTES = 68 * 4  # of the sums of one token
 # Columns of the matrix instruction -> steps under way at most.
 CONFIG = {8: 4, 16: 4, 32: 5, 64: 5}
+KEEP, ROUND, ROUNDED = range(3)  # what happens to x
 MOST_WARP_MMA = 16  # columns up to which products are those of a warp
 WARPGROUPS = 4
 STEP_BYTES = WARPGROUPS * 64 * 128
@@ -73,10 +74,13 @@ def plan(T: int, N: int, K: int, groups: int, quantize_input: bool) -> _Plan:
     return next(p for p in small if p)
 
 
-def linear_fp8_kernel(p: _Plan, quantize_input: bool, is_e8m0: bool, name: str = "") -> cuda.Source:
-    """The source with its constants; `name` is the second kernel's."""
-    defines = p.defines | {"QUANT": int(quantize_input), "E8M0": int(is_e8m0)}
-    defines["WARP_MMA"] = int(not quantize_input and p.defines["NTOK"] <= MOST_WARP_MMA)
+def linear_fp8_kernel(p: _Plan, quant: int, is_e8m0: bool, name: str = "") -> cuda.Source:
+    """The source with its constants; `name` is the second kernel's.
+
+    quant  KEEP, ROUND (x to FP8) or ROUNDED (x is FP8)
+    """
+    defines = p.defines | {"QUANT": quant, "E8M0": int(is_e8m0)}
+    defines["WARP_MMA"] = int(quant == KEEP and p.defines["NTOK"] <= MOST_WARP_MMA)
     return cuda.Source.of(Path(__file__).with_suffix(".cu"), name or "linear_fp8_kernel", defines)
 
 
@@ -86,8 +90,8 @@ def sources() -> Iterator[tuple[cuda.Source, str]]:
         for shape in ((4096, 8192, 1), (32768, 1024, 1)):
             p = plan(T, *shape, False)
             product = "HMMA" if p.defines["NTOK"] <= MOST_WARP_MMA else "HGMMA"
-            yield linear_fp8_kernel(p, False, True), product
-            yield linear_fp8_kernel(plan(T, *shape, True), True, False), "QGMMA"
+            yield linear_fp8_kernel(p, KEEP, True), product
+            yield linear_fp8_kernel(plan(T, *shape, True), ROUND, False), "QGMMA"
 
 
 def takes(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -103,24 +107,34 @@ def launch(
 ) -> None:  # fmt: skip
     """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
     y, partial, *_ = out
-    T, N, K = check(x, weight, scale, groups, quantize_input, y)
+    check(x, weight, scale, groups, quantize_input, y)
+    multiply(x, None, weight, scale, groups, ROUND if quantize_input else KEEP, y, partial)
+
+
+def multiply(
+    x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor, groups: int, quant: int,
+    y: Tensor, partial: Tensor,
+) -> None:  # fmt: skip
+    """Fill y. x_scale: scales of ROUNDED x."""
+    T, (N, K) = x.shape[0], weight.shape
     for name, t in (("x", x), ("weight", weight), ("y", y)):
         if t.data_ptr() % 16:
             raise ValueError(f"{name}: expected data aligned to 16 bytes")
-    c, p = cut(N, K, groups), plan(T, N, K, groups, quantize_input)
+    c, p = cut(N, K, groups), plan(T, N, K, groups, quant != KEEP)
     is_e8m0 = scale.dtype == torch.float8_e8m0fnu
-    kernel = cuda.load(linear_fp8_kernel(p, quantize_input, is_e8m0), x.device, p.shared)
+    kernel = cuda.load(linear_fp8_kernel(p, quant, is_e8m0), x.device, p.shared)
     is_split, tokens = p.defines["SPLIT"], p.defines["NTOK"]
     parts = c.num_chunks if is_split else p.defines["CLUSTER"]
     grid = N // (64 * p.defines["RT"]) * parts
     for start in range(0, T, tokens):
         count = min(tokens, T - start)
         kernel.launch(
-            grid, 128 * WARPGROUPS, x[start:], weight, scale, y[start:], partial, count, N, K,
-            groups * K, N // groups, parts, overlaps=True,
+            grid, 128 * WARPGROUPS, x[start:], None if x_scale is None else x_scale[start:],
+            weight, scale, y[start:], partial, count, N, K, groups * K, N // groups, parts,
+            overlaps=True,
         )  # fmt: skip
         if is_split:
-            source = linear_fp8_kernel(p, quantize_input, is_e8m0, "linear_fp8_sum_kernel")
+            source = linear_fp8_kernel(p, quant, is_e8m0, "linear_fp8_sum_kernel")
             sums = cuda.load(source, x.device, 0)
             quads = count * N // 4
             sums.launch(-(-quads // 256), 256, partial, y[start:], quads, parts, overlaps=True)

@@ -42,7 +42,7 @@ class AttentionCase:
     seed: int = 0
 
     def args(self, device: str = "cpu") -> dict[str, Any]:
-        """Arguments of sparse_attn_decode and of sparse_attn_prefill."""
+        """Arguments of sparse_attn_decode and of sparse_attn_prefill, and of those to FP8."""
         g = Generator(device).manual_seed(self.seed)
         spans = [(s, start, n) for s, (start, n) in enumerate(self.requests)]
         rows = {k: v.to(device) for k, v in step_rows(spans, self.padding).items()}
@@ -171,4 +171,6 @@ def aot_calls() -> dict[str, dict[str, Any]]:
         args = AttentionCase(requests, H, 512, 128, ratio, per_page, topk).args()
         calls[f"sparse_attn_decode/{name}"] = args
         calls[f"sparse_attn_prefill/{name}"] = args
+        calls[f"sparse_attn_decode_fp8/{name}"] = args
+        calls[f"sparse_attn_prefill_fp8/{name}"] = args
     return calls

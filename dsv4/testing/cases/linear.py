@@ -55,6 +55,16 @@ def tokens(T: int, width: int, seed: int = 0, device: str = "cpu") -> Tensor:
     return x.to(torch.bfloat16).to(device)
 
 
+def fp8_tokens(T: int, width: int, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """E4M3 [T, width] of any code but NaN, and UE8M0 scales of 128 columns."""
+    g = Generator().manual_seed(seed)
+    code = torch.randint(0, 127, (T, width), generator=g)
+    code += 128 * torch.randint(0, 2, code.shape, generator=g)
+    byte = torch.randint(115, 122, (T, width // 128), generator=g)
+    code, byte = code.to(torch.uint8), byte.to(torch.uint8)
+    return code.view(torch.float8_e4m3fn).to(device), byte.view(torch.float8_e8m0fnu).to(device)
+
+
 def joined_args(
     T: int, K: int, parts: list[int], ratio: int = 4, seed: int = 0, device: str = "cpu"
 ) -> dict[str, Any]:
@@ -76,6 +86,13 @@ def aot_calls() -> dict[str, dict[str, Any]]:
         f"linear_fp8/{T}_w8a8": _empty_fp8(T, FLASH["wo_b"], quantize_input=True)
         for T in (1, 64, 8192)
     }
+    for T in (1, 64, 8192):
+        empty = _empty_fp8(T, FLASH["wo_a"])
+        del empty["quantize_input"]
+        code = torch.empty(empty["x"].shape, dtype=torch.float8_e4m3fn)
+        byte = torch.empty(T, code.shape[1] // 128, dtype=torch.uint8)
+        empty |= {"x": code, "x_scale": byte.view(torch.float8_e8m0fnu)}
+        calls[f"linear_fp8_w8a8/{T}"] = empty
     calls["linear_fp8/wq_b"] = _empty_fp8(1, FLASH["wq_b"])
     calls["linear_fp8/pro"] = _empty_fp8(1, PRO["wo_b"])
     for T in (1, 24, 64, 8192):
