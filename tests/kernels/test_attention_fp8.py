@@ -12,6 +12,7 @@ from dsv4.ops.linear import linear_fp8, linear_fp8_w8a8
 from dsv4.ops.quant import fp8_act_quantize
 from dsv4.reference import paged_attention as oracle
 from dsv4.reference.quant import fp8_act_dequantize
+from dsv4.reference.quant import fp8_act_quantize as quantize_oracle
 from dsv4.testing.cases import DEVICE
 from dsv4.testing.cases.attention import POISON, AttentionCase
 from dsv4.testing.cases.linear import fp8_weight
@@ -90,6 +91,14 @@ def test_is_as_exact_as_the_oracle(name: str) -> None:
     assert_as_exact_as(name, got, same, exact)
     error = (got - exact).norm() / exact.norm()
     assert 0.01 < error < 0.04  # 3 mantissa bits
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_oracle_is_the_result_rounded(name: str) -> None:
+    args = AttentionCase(MIXED, padding=1, topk=9).args()
+    got = getattr(oracle, f"{name}_fp8")(**args)
+    for a, b in zip(got, quantize_oracle(getattr(oracle, name)(**args)), strict=True):
+        assert_bits_equal("oracle", a, b)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -9,6 +9,7 @@ from dsv4.ops import linear as ops
 from dsv4.ops.quant import fp8_act_quantize
 from dsv4.reference import linear as oracle
 from dsv4.reference.quant import fp8_act_dequantize
+from dsv4.reference.quant import fp8_act_quantize as quantize_oracle
 from dsv4.testing.cases import DEVICE
 from dsv4.testing.cases.linear import fp8_tokens, fp8_weight, tokens
 from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
@@ -43,6 +44,13 @@ def test_matches_the_oracle(shape: tuple[int, int, int], T: int) -> None:
     got = ops.linear_fp8_w8a8(*args)
     assert_as_exact_as("y", got, oracle.linear_fp8_w8a8(*args), exact)
     assert (got.double() - exact).norm() <= 3e-3 * exact.norm()
+
+
+def test_the_oracle_is_that_of_linear_fp8() -> None:
+    weight, scale = fp8_weight(256, 256)
+    x = tokens(5, 512)
+    got = oracle.linear_fp8_w8a8(*quantize_oracle(x), weight, scale, 2)
+    assert_bits_equal("y", got, oracle.linear_fp8(x, weight, scale, 2, True))
 
 
 @pytest.mark.parametrize("T", [5, 70])
