@@ -1,6 +1,7 @@
 """Kernels run on the GPU if there is one, else on the CPU under Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -25,3 +26,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=gpu)
     items[:] = [item for item in items if item not in gpu]
+
+
+@pytest.fixture(autouse=True)
+def _give_memory_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several test processes share a device: none keeps what only its largest test needed."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()

@@ -80,7 +80,7 @@ template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
     const u32 at = __cvta_generic_to_shared(to);
     if constexpr (BYTES == 16)  // codes, past L1
-        asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;"
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
                      ::"r"(at), "l"(from), "l"(read_once()));
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES));
