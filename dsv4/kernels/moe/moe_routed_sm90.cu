@@ -160,20 +160,46 @@ __device__ __forceinline__ void multiply(
     }
 }
 
-// Rows of the tokens into xs in the order of the B operand.
+// Eight inputs, chunk c of token n, to where the B operand has them.
+__device__ __forceinline__ void place(uint4* xs, int n, int c, const uint4& v) {
+    uint4 p;
+    p.x = __byte_perm(v.x, v.z, 0x5410), p.y = __byte_perm(v.x, v.z, 0x7632);
+    p.z = __byte_perm(v.y, v.w, 0x5410), p.w = __byte_perm(v.y, v.w, 0x7632);
+    int block = c / 16, t = (c % 16) / 4, w = c % 4;
+    xs[((block * 4 + w) * TOKENS + n) * 4 + t] = p;
+}
+
+// Rows of the tokens into xs.
 __device__ __forceinline__ void stage(
     uint4* xs, const u16* x, const int* rows, int count, int divide, int K) {
     const int chunks = K / 8;
     for (int i = threadIdx.x; i < count * chunks; i += THREADS) {
-        int n = i / chunks, c = i % chunks;
-        const uint4 v = __ldcg(reinterpret_cast<const uint4*>(x + (u64)(rows[n] / divide) * K) + c);
-        uint4 p;
-        p.x = __byte_perm(v.x, v.z, 0x5410), p.y = __byte_perm(v.x, v.z, 0x7632);
-        p.z = __byte_perm(v.y, v.w, 0x5410), p.w = __byte_perm(v.y, v.w, 0x7632);
-        int block = c / 16, t = (c % 16) / 4, w = c % 4;
-        xs[((block * 4 + w) * TOKENS + n) * 4 + t] = p;
+        const int n = i / chunks, c = i % chunks;
+        place(xs, n, c, __ldcg(reinterpret_cast<const uint4*>(x + (u64)(rows[n] / divide) * K) + c));
     }
 }
+
+// The one token of a call, on its way while the lists are made, whatever they say.
+struct OneToken {
+    static constexpr int CHUNKS = D / 8, EACH = (CHUNKS + THREADS - 1) / THREADS;
+    uint4 v[EACH];
+
+    __device__ __forceinline__ void load(const u16* x) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int c = threadIdx.x + i * THREADS;
+            if (c < CHUNKS) v[i] = __ldcg(reinterpret_cast<const uint4*>(x) + c);
+        }
+    }
+
+    __device__ __forceinline__ void store(uint4* xs) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int c = threadIdx.x + i * THREADS;
+            if (c < CHUNKS) place(xs, 0, c, v[i]);
+        }
+    }
+};
 
 // Which experts are hit, and by which pairs: a lane a pair, in registers.
 __device__ void make_short_lists(Smem& s, const Params& p, int pairs) {
@@ -444,6 +470,8 @@ moe_routed_kernel(
     constexpr int WIDEST = D > F ? D : F;
     Stage* ring = reinterpret_cast<Stage*>(xs + TOKENS * WIDEST / 8) + threadIdx.x / 32 * STAGES;
     asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    OneToken token;
+    if (TOKENS == 1) token.load(p.x);
     if (MAX_PAIRS <= 32) make_short_lists(s, p, T * K_EXPERTS);
     else make_lists(s, p, T * K_EXPERTS);
     if (s.num_hit == 0) return combine_all(p, s);  // the shared expert alone
@@ -452,8 +480,8 @@ moe_routed_kernel(
     if (c.unit == c.end) begin(c, p, s, 1);
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) issue(c, p, s, ring[i]);
-    if (TOKENS == 1) {  // the one token, whatever its experts
-        stage(xs, p.x, s.list, 1, K_EXPERTS, D);
+    if (TOKENS == 1) {
+        token.store(xs);
         __syncthreads();
     }
     int slot = 0;
