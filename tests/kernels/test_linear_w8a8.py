@@ -73,8 +73,8 @@ def test_every_output_is_written(T: int) -> None:
     weight, scale = fp8_weight(256, 1536, device=DEVICE)
     args = *fp8_tokens(T, 1536, device=DEVICE), weight, scale, 1
     out = kernel.outputs(*args)
-    y, partial, _, staged = out  # the counters stay zero
-    for x in (y, partial, staged):
+    y, partial, _, *staged = out  # the counters stay zero
+    for x in (y, partial, *staged):
         x.view(torch.uint8).fill_(0xFF)
     kernel.launch(*args, out)
     assert_bits_equal("y", y, ops.linear_fp8_w8a8(*args))

@@ -60,11 +60,11 @@ def _load_scale(scale_ptr, row, block, num_blocks, live, IS_E8M0: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def stage_tokens_kernel(
-    x_ptr, staged_ptr, scale_ptr, M, columns, QUANT: tl.constexpr, BM: tl.constexpr
+    x_ptr, given_ptr, staged_ptr, scale_ptr, M, columns, QUANT: tl.constexpr, BM: tl.constexpr
 ):
-    """Write a block of 128 columns in the order of products, FP8 if QUANT.
+    """Write a block of 128 columns in the order of products, FP8 with FP32 scales if QUANT.
 
-    Scales are written for BF16 input; FP8 has its own.
+    FP8 x has its scales, as bytes, at given_ptr.
     """
     token, block = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
     live = (token < M)[:, None]
@@ -72,9 +72,12 @@ def stage_tokens_kernel(
     x0 = tl.load(x_ptr + at, live, 0.0)
     x1 = tl.load(x_ptr + at + SPAN, live, 0.0)
     if QUANT:
+        scale_at = token.to(tl.int64) * (columns // BLOCK) + block
         if x0.dtype == tl.bfloat16:
             x0, x1, scale = quantize_fp8_pair(x0, x1)
-            tl.store(scale_ptr + token.to(tl.int64) * (columns // BLOCK) + block, scale, token < M)
+        else:
+            scale = e8m0_value(tl.load(given_ptr + scale_at, token < M, 0).to(tl.int32))
+        tl.store(scale_ptr + scale_at, scale, token < M)
         y0, y1 = fp8_input(x0, BM), fp8_input(x1, BM)
     else:
         y0, y1 = input_fragment(x0, BM), input_fragment(x1, BM)
@@ -248,17 +251,17 @@ def launch(
     out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    *own, x_scale = out
-    check(x, weight, scale, groups, quantize_input, own[0])
-    multiply(x, x_scale, weight, scale, groups, quantize_input, tuple(own))
+    check(x, weight, scale, groups, quantize_input, out[0])
+    multiply(x, None, weight, scale, groups, quantize_input, out)
 
 
 def multiply(
-    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, groups: int, is_w8a8: bool,
+    x: Tensor, given: Tensor | None, weight: Tensor, scale: Tensor, groups: int, is_w8a8: bool,
     out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
-    """Fill y, the first of `out`. x_scale: scales of FP8 x as bytes, or room for those of BF16."""
-    y, partial, counters, staged = out
+    """Fill y, the first of `out`. given: the scales, as bytes, of x that is FP8."""
+    y, partial, counters, staged, x_scale = out
+    given = x_scale if given is None else given
     T, (N, K) = x.shape[0], weight.shape
     if T == 0:
         return
@@ -269,9 +272,11 @@ def multiply(
     is_staged = _is_staged(T, K)
     if is_staged:
         grid = triton.cdiv(T, STAGE["BM"]), groups * K // 128
-        stage_tokens_kernel[grid](x, staged, x_scale, T, groups * K, QUANT=is_w8a8, **STAGE)
+        stage_tokens_kernel[grid](
+            x, given, staged, x_scale, T, groups * K, QUANT=is_w8a8, **STAGE
+        )  # fmt: skip
     linear_fp8_kernel[p.grid](
-        staged if is_staged else x, x_scale, weight.view(torch.uint8),
+        *((staged, x_scale) if is_staged else (x, given)), weight.view(torch.uint8),
         scale.view(torch.uint8) if is_e8m0 else scale, y, partial, counters, T, N, K, N // groups,
         p.tiles_per_group, c.chunk, c.num_chunks, groups * K,
         IS_SPLIT=p.is_split, STAGED=is_staged, QUANT=is_w8a8, IS_E8M0=is_e8m0,

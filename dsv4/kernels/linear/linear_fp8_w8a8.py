@@ -22,8 +22,8 @@ linear_fp8_w8a8_kernel = linear_fp8.linear_fp8_kernel
 def outputs(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, groups: int
 ) -> tuple[Tensor, ...]:
-    """Allocate what linear_fp8 needs, without room for the scales of x."""
-    return linear_fp8.outputs(x, weight, scale, groups, False)[:-1]
+    """Allocate what linear_fp8 does."""
+    return linear_fp8.outputs(x, weight, scale, groups, True)
 
 
 def launch(
