@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections import defaultdict
 from collections.abc import Iterator
@@ -126,6 +127,7 @@ def _others_go_on(terminal: Terminal, row: str, errors: list[Exception]) -> Iter
         yield
     except Exception as error:
         terminal.note(f"{row}: {type(error).__name__}: {error}")
+        traceback.clear_frames(error.__traceback__)  # which hold its graphs and buffers
         errors.append(error)
 
 

@@ -100,25 +100,33 @@ def time_load(
     engine: Engine, load: Load, clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
 ) -> LoadTimes:  # fmt: skip
-    """Send the requests when they are due, whatever the engine does; run until all are served."""
+    """Send the requests when they are due, whatever the engine does; run until all are served.
+
+    If a step fails, all of them end: the engine is left without work.
+    """
     waiting = deque(load.arrivals(engine.model.config.vocab_size))
     due: dict[EngineRequest, float] = {}
     times: dict[EngineRequest, list[float]] = {}
     start = clock()
-    while waiting or engine.has_work:
-        now = clock() - start
-        while waiting and waiting[0][0] <= now:
-            at, prompt, length = waiting.popleft()
-            params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-            request = engine.add(prompt, params)
-            due[request], times[request] = at, []
-        if not engine.has_work:
-            sleep(waiting[0][0] - now)
-            continue
-        known = engine.step()
-        now = clock() - start
-        for request, _ in known:
-            times[request].append(now)
+    try:
+        while waiting or engine.has_work:
+            now = clock() - start
+            while waiting and waiting[0][0] <= now:
+                at, prompt, length = waiting.popleft()
+                params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+                request = engine.add(prompt, params)
+                due[request], times[request] = at, []
+            if not engine.has_work:
+                sleep(waiting[0][0] - now)
+                continue
+            known = engine.step()
+            now = clock() - start
+            for request, _ in known:
+                if request in times:  # else of a load that failed
+                    times[request].append(now)
+    finally:
+        for request in times:
+            engine.cancel(request)
     gaps = [b - a for own in times.values() for a, b in pairwise(own)]
     first = Percentiles.of([own[0] - due[request] for request, own in times.items()])
     assert first is not None

@@ -1,4 +1,4 @@
-"""A model's weights on its device, as stored: experts stacked, everything else by its own name."""
+"""A model's weights on its device, every byte as stored: experts in tiles, the rest by its name."""
 
 from __future__ import annotations
 
@@ -176,7 +176,8 @@ def check_served(config: ModelConfig) -> None:
     if config.expert_format not in FORMATS or config.expert_format == FP8_BLOCK128.name:
         raise ConfigError("expert_format", "'mxfp4' or 'nvfp4' in tier 2", config.expert_format,
                           "convert the checkpoint, or use --tier 1")  # fmt: skip
-    for name in ("moe_intermediate_size", "q_lora_rank"):  # rows of one matrix above another's
+    # Whole tiles of experts, and rows of one matrix above another's.
+    for name in ("hidden_size", "moe_intermediate_size", "q_lora_rank"):
         if getattr(config, name) % 128:
             raise ConfigError(name, "a multiple of 128 in tier 2", getattr(config, name),
                               "use --tier 1")  # fmt: skip

@@ -1,6 +1,7 @@
 """`dsv4 bench` without a GPU: what is refused, and the rows of steps that others have timed."""
 
 import json
+import weakref
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -108,7 +109,12 @@ def test_rows_and_picture_of_decode_steps(dsv4, without_gpu, tmp_path):
 def test_a_step_that_fails_is_named_and_the_others_are_kept(
     dsv4, without_gpu, monkeypatch, tmp_path
 ):
+    held = []
+
     def time_decode(stepper, requests, trace):
+        buffers = Namespace()
+        assert not any(row() for row in held)  # rows before this one left nothing behind
+        held.append(weakref.ref(buffers))
         if len(requests) == 8:
             raise torch.OutOfMemoryError("out of memory")
         return STEP

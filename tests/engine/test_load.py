@@ -81,6 +81,31 @@ def test_answers_of_one_token(timed: Any) -> None:
     assert (times.tokens, times.between_tokens) == (3, None)
 
 
+def test_a_load_that_fails_leaves_nothing_to_the_next(
+    timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Load(1e5, 9, (1, 4), (4, 6))
+    alone, engine, clock = timed(load, 2)
+    step, left = engine.step, iter(range(5))
+
+    def fails_once() -> Any:
+        known = step()
+        if next(left, None) == 4:
+            engine._known += known  # as where a step fails that has looked at the one before
+            raise RuntimeError("out of memory")
+        return known
+
+    monkeypatch.setattr(engine, "step", fails_once)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        time_load(engine, load, clock, clock.sleep)
+    assert not engine._waiting
+    assert not engine._running
+    again = time_load(engine, load, clock, clock.sleep)
+    assert (again.tokens, again.first_token.p99) == (
+        alone.tokens, pytest.approx(alone.first_token.p99, abs=2 * STEP_S)
+    )  # fmt: skip
+
+
 def test_arrivals_are_poisson_and_repeatable() -> None:
     load = Load(20.0, 4000, (5, 9), (1, 3), seed=1)
     arrivals = load.arrivals(100)
