@@ -1,9 +1,9 @@
 """Routed experts of many tokens: products grouped by expert on the matrix units. Triton, SM 9 on.
 
 Tokens are sorted by expert without a word to the host, and a program multiplies one block of an
-expert's tokens with one tile of its weight rows. The weights are decoded in registers, as stored,
-and go from there to the matrix unit; columns of tokens are permuted once to match, so nothing is
-exchanged between threads. Every output is one FP32 sum in the order of columns, whatever the size
+expert's tokens with one tile of its weight rows. The codes are decoded in registers and go from
+there to the matrix unit; columns of tokens are permuted once to match, so nothing is exchanged
+between threads. Every output is one FP32 sum in the order of columns, whatever the size
 of the block, so a token gets the same bits alone and among many. The sum over a token's experts
 goes in ascending order.
 """
