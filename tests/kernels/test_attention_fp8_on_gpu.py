@@ -1,6 +1,5 @@
 """Attention that gives FP8 and the linear that takes it, at real sizes; graphs; both kernels."""
 
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,31 +14,17 @@ from dsv4.ops.quant import fp8_act_quantize
 from dsv4.testing.cases.attention import AttentionCase
 from dsv4.testing.cases.linear import FLASH, PRO, tokens
 from dsv4.testing.numeric import assert_bits_equal
+from support.real_sizes import ATTENTION_KINDS, fp8_weight_on_gpu, launched
 
 pytestmark = pytest.mark.gpu
 
 TILE = 64
-KINDS: dict[str, dict[str, Any]] = {
-    "csa": {"topk": 512, "ratio": 4, "per_page": 64},
-    "hca": {"ratio": 128, "per_page": 2},
-    "swa": {"ratio": 1 << 20, "per_page": 1},
-}
 OPS = ("sparse_attn_decode", "sparse_attn_prefill")
 WEIGHTS = {
     "flash-wo_a": FLASH["wo_a"], "pro-wo_a": PRO["wo_a"], "flash-wo_b": FLASH["wo_b"],
     "pro-wq_b": PRO["wq_b"],
 }  # fmt: skip
 COUNTS = (1, 2, 8, 9, 16, 17, 32, 33, 63, 64, 65, 128, 200)
-
-
-def weight_of(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """On the device from the start: the large ones are 100 MB."""
-    N, K, _ = shape
-    g = torch.Generator("cuda").manual_seed(0)
-    weight = 32 * torch.randn(N, K, device="cuda", generator=g)
-    scale = torch.randint(114, 118, (-(-N // 128), K // 128), device="cuda", generator=g)
-    scale = scale.to(torch.uint8).view(torch.float8_e8m0fnu)
-    return weight.clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 @pytest.fixture(params=("first", "portable"))
@@ -67,11 +52,11 @@ def assert_rounds(name: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("H", [8, 16, 33, 64, 96, 128])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_real_sizes(H: int, kind: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tile a program, groups of tiles, and prefill."""
     requests = ((3000, 3), (0, 2), (127, 1), (700, 1))
-    args = AttentionCase(requests, H, 512, 128, padding=1, **KINDS[kind]).args("cuda")
+    args = AttentionCase(requests, H, 512, 128, padding=1, **ATTENTION_KINDS[kind]).args("cuda")
     got = [assert_rounds(name, args) for name in OPS]
     monkeypatch.setattr(decode_kernel, "FEW_PROGRAMS", 0)
     got.append(assert_rounds("sparse_attn_decode", args))
@@ -111,8 +96,8 @@ def test_a_graph_replays_the_bits_of_eager_calls(name: str, B: int, variant: str
         AttentionCase([(2000 + i, 1)] * B, 64, 512, 128, topk=512, per_page=64, seed=i).args("cuda")
         for i in range(2)
     )
-    weight, scale = weight_of(FLASH["wo_a"])
-    groups = FLASH["wo_a"][2]
+    N, K, groups = FLASH["wo_a"]
+    weight, scale = fp8_weight_on_gpu(N, K)
 
     def step(args: dict[str, Any]) -> Tensor:
         values, value_scale = getattr(ops, f"{name}_fp8")(**args)
@@ -139,21 +124,12 @@ def test_a_graph_replays_the_bits_of_eager_calls(name: str, B: int, variant: str
 # The linear
 
 
-def launched(kernel: ModuleType, *args: Any) -> Tensor:
-    """The result of one kernel, whatever `select` would take; NaN where it writes nothing."""
-    out = kernel.outputs(*args)
-    for t in out[:2]:
-        t.fill_(float("nan"))
-    kernel.launch(*args, out)
-    return out[0]
-
-
 @pytest.mark.parametrize("is_e8m0", [True, False], ids=["e8m0", "fp32"])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_linear_equals_the_one_that_rounds(name: str, is_e8m0: bool) -> None:
     """In any batch; by the kernel for few tokens and by Triton's."""
-    _, K, groups = WEIGHTS[name]
-    weight, scale = weight_of(WEIGHTS[name])
+    N, K, groups = WEIGHTS[name]
+    weight, scale = fp8_weight_on_gpu(N, K)
     scale = scale if is_e8m0 else scale.float() * 1.3  # no power of two
     x = tokens(max(COUNTS), groups * K, device="cuda")
     x[5] *= 1e4 / x[5].abs().max()

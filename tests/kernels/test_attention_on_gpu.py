@@ -12,15 +12,11 @@ from dsv4.ops import attention as ops
 from dsv4.reference import paged_attention as oracle
 from dsv4.testing.cases.attention import AttentionCase, random_pages
 from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
+from support.real_sizes import ATTENTION_KINDS
 
 pytestmark = pytest.mark.gpu
 
 TILE = 64
-KINDS: dict[str, dict[str, Any]] = {
-    "csa": {"topk": 512, "ratio": 4, "per_page": 64},
-    "hca": {"ratio": 128, "per_page": 2},
-    "swa": {"ratio": 1 << 20, "per_page": 1},
-}
 OPS = ("sparse_attn_decode", "sparse_attn_prefill")
 VARIANTS = ("first", "portable")
 
@@ -47,10 +43,10 @@ def assert_right(name: str, args: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("H", [8, 16, 32, 64, 96, 128])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_real_sizes(H: int, kind: str, variant: str) -> None:
     requests = ((3000, 3), (0, 2), (127, 1), (700, 1))
-    args = AttentionCase(requests, H, 512, 128, padding=1, **KINDS[kind]).args("cuda")
+    args = AttentionCase(requests, H, 512, 128, padding=1, **ATTENTION_KINDS[kind]).args("cuda")
     got = [assert_right(name, args) for name in OPS]
     assert_bits_equal("prefill and decode", *got)
 

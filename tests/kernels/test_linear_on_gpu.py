@@ -1,8 +1,5 @@
 """What the interpreter cannot show: full sizes, bits in any batch, CUDA graphs."""
 
-from types import ModuleType
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +17,7 @@ from dsv4.ops import linear as ops
 from dsv4.reference import linear as oracle
 from dsv4.testing.cases.linear import FLASH, JOINED_FLASH, PRO, fp8_weight, joined_args, tokens
 from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
+from support.real_sizes import fp8_weight_on_gpu, launched
 from support.wide_error import assert_within, wide_error
 
 pytestmark = pytest.mark.gpu
@@ -34,22 +32,8 @@ def needs_hopper() -> None:
 
 
 def weight_of(name: str) -> tuple[Tensor, Tensor, int]:
-    """On the device from the start: the large ones are 100 MB."""
     N, K, groups = SHAPES[name]
-    g = torch.Generator("cuda").manual_seed(0)
-    weight = 32 * torch.randn(N, K, device="cuda", generator=g)
-    scale = torch.randint(114, 118, (-(-N // 128), K // 128), device="cuda", generator=g)
-    scale = scale.to(torch.uint8).view(torch.float8_e8m0fnu)
-    return weight.clamp(-448, 448).to(torch.float8_e4m3fn), scale, groups
-
-
-def launched(kernel: ModuleType, *args: Any) -> Tensor:
-    """The result of one kernel, whatever `select` would take; NaN where it writes nothing."""
-    out = kernel.outputs(*args)
-    for t in out[:2]:
-        t.fill_(float("nan"))
-    kernel.launch(*args, out)
-    return out[0]
+    return *fp8_weight_on_gpu(N, K), groups
 
 
 @pytest.mark.parametrize("quantize", [False, True], ids=["w8a16", "w8a8"])
