@@ -193,6 +193,15 @@ def test_more_tokens_than_the_decode_kernel_takes_are_refused_by_name() -> None:
 
 
 @pytest.mark.gpu
+def test_weights_that_are_not_aligned_are_refused_by_name() -> None:
+    args = random_case(2, "nano").args()
+    room = torch.empty(args["w3"].numel() + 1, dtype=torch.uint8, device="cuda")
+    w3 = room[1:].view(args["w3"].shape).copy_(args["w3"])
+    with pytest.raises(ValueError, match="w3: expected data aligned to 16 bytes"):
+        ops.moe_routed(**args | {"w3": w3})
+
+
+@pytest.mark.gpu
 def test_a_graph_replays_and_leaves_its_counters_zero() -> None:
     case = MoeCase.random(8, 4096, 2048, 32, device="cuda")
     other = MoeCase.random(8, 4096, 2048, 32, device="cuda", seed=1)

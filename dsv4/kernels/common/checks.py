@@ -1,4 +1,4 @@
-"""Argument checks that several cache kernels share. Raise ValueError naming the argument."""
+"""Argument checks that several kernels share. Raise ValueError naming the argument."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ def check_stride(name: str, x: Tensor, nbytes: int, what: str) -> None:
     """A uint8 store [count, nbytes]."""
     if x.dim() != 2 or x.shape[1] != nbytes:
         raise ValueError(f"{name}: expected [count, {nbytes}] for {what}, got {list(x.shape)}")
+
+
+def check_aligned(nbytes: int, **tensors: Tensor) -> None:
+    """Data at a multiple of `nbytes`, which asynchronous copies fail without."""
+    for name, x in tensors.items():
+        if x.data_ptr() % nbytes:
+            raise ValueError(f"{name}: expected data aligned to {nbytes} bytes")
 
 
 def check_power_of_two(name: str, size: int) -> None:

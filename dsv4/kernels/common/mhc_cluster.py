@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.common import cuda
+from dsv4.kernels.common.checks import check_aligned
 from dsv4.kernels.common.mhc import N
 
 CTAS, TILE = 16, 16  # blocks of a cluster, tokens of a tile
@@ -70,9 +71,7 @@ def start(
     """Launch for the tokens of x. tensors: the pointers of `Args`; those not named are null."""
     if reason := why_not(x):
         raise ValueError(reason)
-    for key in ("o", "x", "fn"):
-        if key in tensors and tensors[key].data_ptr() % 16:
-            raise ValueError(f"{key}: expected data aligned to 16 bytes")
+    check_aligned(16, **{key: tensors[key] for key in ("o", "x", "fn") if key in tensors})
     T, _, D = x.shape
     is_bf16 = tensors["norm"].dtype is torch.bfloat16
     text = source(name, D, rows, "o" in tensors, quantise, is_bf16)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common import cuda
+from dsv4.kernels.common.checks import check_aligned
 from dsv4.kernels.common.linear_plan import UNITS, Cut, cut
 from dsv4.kernels.linear.linear_fp8 import REFERENCE, check, outputs
 
@@ -117,9 +118,7 @@ def multiply(
 ) -> None:  # fmt: skip
     """Fill y. x_scale: scales of ROUNDED x."""
     T, (N, K) = x.shape[0], weight.shape
-    for name, t in (("x", x), ("weight", weight), ("y", y)):
-        if t.data_ptr() % 16:
-            raise ValueError(f"{name}: expected data aligned to 16 bytes")
+    check_aligned(16, x=x, weight=weight, y=y)
     c, p = cut(N, K, groups), plan(T, N, K, groups, quant != KEEP)
     is_e8m0 = scale.dtype == torch.float8_e8m0fnu
     kernel = cuda.load(linear_fp8_kernel(p, quant, is_e8m0), x.device, p.shared)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.common import cuda
+from dsv4.kernels.common.checks import check_aligned
 from dsv4.kernels.common.linear_plan import WIDE_CHUNKS, wide_cut
 from dsv4.kernels.linear.wide_linear import REFERENCE, check, outputs
 
@@ -90,9 +91,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 def start(x: Tensor, weight: Tensor, y: Tensor, *joined: Tensor | int) -> None:
     """Launch on checked arguments; `joined` is what the joined kernel takes besides."""
-    for name, t in (("x", x), ("weight", weight)):
-        if t.data_ptr() % 16:
-            raise ValueError(f"{name}: expected data aligned to 16 bytes")
+    check_aligned(16, x=x, weight=weight)
     (N, K), T = weight.shape, x.shape[0]
     p = plan(T, N, K)
     kernel = cuda.load(wide_linear_kernel(p, bool(joined)), x.device, p.shared)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dsv4.core.dispatch import KernelSpec
 from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels.common import cuda
+from dsv4.kernels.common.checks import check_aligned
 from dsv4.kernels.moe.moe_routed import GROUPS, REFERENCE, check, outputs
 
 __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "moe_routed_kernel", "outputs"]
@@ -70,6 +71,8 @@ def launch(
         raise KernelUnavailable(f"{SPEC.name}: at most {MAX_TOKENS} tokens, got {T}")
     if T == 0:
         return
+    check_aligned(16, x=x, w1=w1, w3=w3, w2=w2)
+    check_aligned(8, s1=s1, s3=s3, s2=s2)
     source, num_bytes = moe_routed_kernel(T, K, D, F, E, format)
     kernel = cuda.load(source, x.device, num_bytes)
     counters = cuda.zeroed_counters(x.device, 1 + MAX_TOKENS * K + D // 16)
