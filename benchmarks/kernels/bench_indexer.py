@@ -4,7 +4,7 @@ Decode has one query for each request; the last tokens of a prompt are one reque
 The baseline reads dense BF16 keys, so it is spared the pages and the formats: matmul, ReLU,
 weighted sum, torch.topk and a sort of its result, compiled. `indexer_queries`, `indexer_scores` and
 `topk_select` are the parts of `indexer_scores_topk`. Rows with a `kernel` in their shape are of the
-variant for Hopper, which is not in use.
+choice in Triton, which Hopper does not take.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dsv4.core.kv_layout import INDEX_KEYS, IndexRecord
 from dsv4.kernels.indexer import indexer_scores_topk as portable
-from dsv4.kernels.indexer import indexer_scores_topk_sm90 as hopper
-from dsv4.kernels.indexer import topk_select_sm90
+from dsv4.kernels.indexer import topk_select
 from dsv4.ops import indexer as ops
 from dsv4.testing.bench import COLD_BYTES, Case, Later, later, run
 from dsv4.testing.cases.indexer import RATIO, IndexerCase, indexer_case
@@ -67,12 +66,12 @@ def launches(kernel: Any, args: dict[str, Any]) -> Any:
 
 @later
 def case(B: int, T: int, context: int, topk: int, keys: Any, kernel: str = "") -> Case:
-    """The op, or its variant for Hopper."""
+    """The op, or its portable kernel."""
     S = context // RATIO
     num_bytes = B * (S * IndexRecord(J, keys).nbytes + T * (2 * HEADS * J + 4 * HEADS + 4 * topk))
     made = step_cases(B, T, context, topk, keys, num_bytes)
     calls = [
-        launches(hopper, m.args()) if kernel else partial(ops.indexer_scores_topk, **m.args())
+        launches(portable, m.args()) if kernel else partial(ops.indexer_scores_topk, **m.args())
         for m in made
     ]
     visible = sum((context - T + t + 1) // RATIO for t in range(T))
@@ -129,7 +128,7 @@ def select_case(T: int, S: int, topk: int, kernel: str = "") -> Case:
     shape: dict[str, Any] = {"T": T, "S": S, "topk": topk}
     return Case(
         "topk_select", shape | ({"kernel": kernel} if kernel else {}),
-        [launches(topk_select_sm90, a) if kernel else partial(ops.topk_select, **a) for a in args],
+        [launches(topk_select, a) if kernel else partial(ops.topk_select, **a) for a in args],
         num_bytes,
         baseline="torch.topk", baseline_calls=[partial(torch.topk, x, topk) for x in scores],
     )  # fmt: skip
@@ -138,14 +137,14 @@ def select_case(T: int, S: int, topk: int, kernel: str = "") -> Case:
 def cases() -> Iterator[Later]:
     """Every row of this file."""
     for B, context in DECODE:
-        for kernel in ("", "sm90"):
+        for kernel in ("", "triton"):
             yield select_case(B, context // RATIO, 512, kernel)
     for keys in INDEX_KEYS:
         for B in (1, 64):
             yield queries_case(B, keys)
         for B, context in DECODE:
             yield case(B, 1, context, 512, keys)
-            yield case(B, 1, context, 512, keys, "sm90")
+            yield case(B, 1, context, 512, keys, "triton")
             yield scores_case(B, context, keys)
         for B in (1, 64):
             yield case(B, 1, 32768, 1024, keys)

@@ -7,9 +7,9 @@ from dsv4.core.dispatch import select
 from dsv4.core.op import dsv4_op
 from dsv4.kernels import indexer as kernels
 
-# Best first, but the sm90 variants are right on an H200 and not timed: they stay behind until then.
-INDEXER_SCORES_TOPK = (kernels.indexer_scores_topk.SPEC, kernels.indexer_scores_topk_sm90.SPEC)
-TOPK_SELECT = (kernels.topk_select.SPEC, kernels.topk_select_sm90.SPEC)
+# Best first.
+INDEXER_SCORES_TOPK = (kernels.indexer_scores_topk_sm90.SPEC, kernels.indexer_scores_topk.SPEC)
+TOPK_SELECT = (kernels.topk_select_sm90.SPEC, kernels.topk_select.SPEC)
 
 
 def _entries(x: Tensor, topk: int) -> Tensor:

@@ -30,6 +30,7 @@ COLD_BYTES = 128 << 20  # what passes through L2 between two uses of a line; H20
 LATENCY_US = 2.0  # a kernel whose bytes take less than this has no roof worth naming
 LAUNCHES, REPLAYS = 32, 15  # of short calls; of long ones as many as fit
 GRAPH_US, MEASURE_US = 2e4, 1e5  # of one replay, and of all of them, about
+WARM_US = 3e4  # of work before: clocks fall while a case is made, and take their time to rise
 COMPILE_S = 20.0  # for all baselines of a run
 RECOMPILES = 64  # of one oracle; torch gives up after 8
 
@@ -400,6 +401,8 @@ def _replay_us(calls: Sequence[Call], launches: int) -> float:
     launches = max(2, min(launches, 2 * int(GRAPH_US / us / 2)))
     graph = _graph(list(islice(cycle(calls), launches)))
     times = [_elapsed_us(graph.replay) for _ in range(2)]
+    for _ in range(int(WARM_US / times[-1])):
+        graph.replay()
     replays = max(3, min(REPLAYS, int(MEASURE_US / times[-1])))
     return median(_elapsed_us(graph.replay) for _ in range(replays)) / launches
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4.core.errors import KernelUnavailable
 from dsv4.core.formats import FP8_BLOCK128, BlockScaledTensor
 from dsv4.kernels.common import linear_plan
 from dsv4.kernels.common.linear_plan import cut, wide_cut
@@ -198,6 +199,12 @@ def test_which_weights_go_to_the_kernel_for_few_tokens() -> None:
     assert not wide_linear_sm90.takes(x, weight.new_empty(129280, 4096, device="meta"))
     for K in (384, 4096 - 64):  # fewer blocks than chunks; half a block
         assert not wide_linear_sm90.takes(x[:, :K], weight[:, :K])
+
+
+def test_more_tokens_than_the_kernel_for_few_takes_are_refused_by_name() -> None:
+    x, weight = tokens(65, 256), torch.randn(256, 256).to(torch.bfloat16)
+    with pytest.raises(KernelUnavailable, match="wide_linear/sm90: at most 64 tokens, got 65"):
+        wide_linear_sm90.launch(x, weight, wide_linear.outputs(x, weight))
 
 
 def test_no_tokens() -> None:

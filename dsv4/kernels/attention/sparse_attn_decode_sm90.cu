@@ -362,7 +362,10 @@ __device__ __forceinline__ void consume(
         for (int c = 0; c < 4; c++) {
             values(fresh, weights, keys + half + c * BLOCK_BYTES);
             matrix_wait<0>();
-            if (c == 3 && threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage);
+            if (c == 3) {
+                __syncwarp();  // all lanes have read the tile's bias, one says so
+                if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage);
+            }
             merge(state.acc[c], fresh, alpha, beta, is_rescaled);
         }
     }

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from dsv4.core.dispatch import KernelSpec
+from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels.common import cuda
 from dsv4.kernels.common.checks import check_aligned
 from dsv4.kernels.common.linear_plan import WIDE_CHUNKS, wide_cut
@@ -93,6 +94,8 @@ def start(x: Tensor, weight: Tensor, y: Tensor, *joined: Tensor | int) -> None:
     """Launch on checked arguments; `joined` is what the joined kernel takes besides."""
     check_aligned(16, x=x, weight=weight)
     (N, K), T = weight.shape, x.shape[0]
+    if T > MAX_TOKENS:
+        raise KernelUnavailable(f"{SPEC.name}: at most {MAX_TOKENS} tokens, got {T}")
     p = plan(T, N, K)
     kernel = cuda.load(wide_linear_kernel(p, bool(joined)), x.device, p.shared)
     kernel.launch(p.grid, THREADS, x, weight, y, T, N, K, *joined, overlaps=True)
