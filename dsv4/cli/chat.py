@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dsv4.cli.model import (
     add_runtime_arguments,
@@ -54,7 +54,8 @@ def run(args: Namespace, terminal: Terminal) -> int:
     terminal.keep_control = args.keep_control_chars
     chat = Chat(args, terminal)
     terminal.note("/help lists the commands")
-    while (line := _read_line()) is not None:
+    stdin = utf8_stdin()  # once: what has been read cannot be read again in another encoding
+    while (line := _read_line(stdin)) is not None:
         if not chat.handle(line):
             break
     return 0
@@ -141,9 +142,8 @@ class Chat:
         self.messages = [*turns, answer]
 
 
-def _read_line() -> str | None:
+def _read_line(stdin: TextIO) -> str | None:
     """The next line of the user, None at the end of input. Raises RequestError unless UTF-8."""
-    stdin = utf8_stdin()
     try:
         return input("> ") if stdin.isatty() else stdin.readline() or None
     except EOFError:

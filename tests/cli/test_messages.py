@@ -160,6 +160,14 @@ def test_stdin_is_utf8_whatever_the_locale(dsv4, tiny, monkeypatch):
     assert "Grüße" in dsv4("generate", tiny, "-", "--print-prompt")[1]
 
 
+def test_a_chat_reads_every_line_of_a_pipe(dsv4, tiny, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Bytes("Grüße\n/help\n/quit\nHello\n".encode()))
+    code, _, err = dsv4("chat", tiny, "-n", "1")
+    assert code == 0, err
+    assert "/quit                    leave" in err
+    assert "error" not in err
+
+
 @pytest.mark.parametrize("verb", ["generate", "chat"])
 def test_a_stop_id_outside_the_vocabulary(dsv4, tiny, monkeypatch, verb):
     monkeypatch.setattr("dsv4.loader.Checkpoint.load", None)
