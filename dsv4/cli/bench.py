@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsv4.engine.plot import Point
 
 MOST_AT_ONCE = 64  # requests of a load
+NO_GPU = "bench needs a CUDA GPU; on a CPU: make bench"
 PREFILL_ROWS = 8192  # of a step that fills contexts
 
 
@@ -58,14 +59,14 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
 def run(args: Namespace, terminal: Terminal) -> int:
     """Exit code 0."""
     if args.device == "cpu":
-        raise DeviceUnavailable("cpu", "a bench of GPU kernels")
+        raise DeviceUnavailable("cpu", "bench times GPU kernels", NO_GPU)
     args.batch = args.batch or [MOST_AT_ONCE if args.phase == "load" else 1]
     for name in ("batch", "context"):
         if any(n < 1 for n in getattr(args, name)):
             raise RequestError(f"--{name}", "1 or more", getattr(args, name))
     loads = _loads(args)
     _check_plot(args)
-    check_device(args.device)
+    check_device(args.device, NO_GPU)
     model = _build(args, terminal)
     if loads:
         _run_loads(args, terminal, model, loads)

@@ -99,17 +99,37 @@ def device_name(text: str) -> str:
     return text
 
 
-def check_device(name: str) -> None:
-    """Raises DeviceUnavailable for a GPU that torch cannot use here."""
+def check_device(name: str, fix: str = "") -> None:
+    """Raises DeviceUnavailable for a GPU that torch cannot use here; with `fix` if it has none."""
     if name == "cpu":
         return
+    count = _num_gpus()
+    if count == 0:
+        raise DeviceUnavailable(name, "torch finds no CUDA device", fix)
+    if int(name.partition(":")[2] or 0) >= count:
+        fix = "use --device cuda, the first; `dsv4 doctor` lists all"
+        raise DeviceUnavailable(name, f"there are {count}, numbered from 0", fix)
+
+
+def check_kernel_device(name: str, has_other_tiers: bool) -> None:
+    """Raises DeviceUnavailable where the kernels of tier 2 cannot run.
+
+    has_other_tiers  whether the verb and the model could do with tier 1
+    """
+    fix = "TRITON_INTERPRET=1 with --device cpu for a few tokens (minutes)"
+    fix = f"use --tier 1, or {fix}" if has_other_tiers else f"use {fix}"
+    check_device(name, fix)
+    from dsv4.kernels.common.launch import INTERPRETED
+
+    if name == "cpu" and not INTERPRETED:
+        fix = "use --device cuda" if _num_gpus() else fix
+        raise DeviceUnavailable("cpu", "tier 2 is made of GPU kernels", fix)
+
+
+def _num_gpus() -> int:
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        raise DeviceUnavailable(name, "torch finds no CUDA device")
-    if int(name.partition(":")[2] or 0) >= count:
-        raise DeviceUnavailable(name, f"there are {count}, numbered from 0")
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def model_folder(name: str) -> Path:
@@ -199,7 +219,10 @@ def load_runner(
     will_generate  make it ready for many steps of one token
     """
     _check_runtime(args)
-    check_device(args.device)
+    if args.tier == 2:
+        check_kernel_device(args.device, has_other_tiers=random is None)
+    else:
+        check_device(args.device)
     set_threads(args.threads)
     if random is not None:
         return load_random(args, random), args.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from dsv4.core.errors import DeviceUnavailable, RequestError
+from dsv4.core.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +35,7 @@ def split_fusions(text: str) -> list[str]:
 
 
 def check_production(args: Namespace) -> None:
-    """Raises RequestError for flags of tier 1, DeviceUnavailable where no kernel can run.
+    """Raises RequestError for flags of tier 1.
 
     Settles `args.dtype`, which is not tier 2's to choose: activations are bfloat16.
     """
@@ -48,15 +48,6 @@ def check_production(args: Namespace) -> None:
             raise RequestError("tier", f"1 for {flag}", 2, "use --tier 1")
     split_fusions(args.no_fusion)  # refused before weights are read
     args.dtype = "bfloat16"
-    from dsv4.kernels.common.launch import INTERPRETED
-
-    if args.device == "cpu" and not INTERPRETED:
-        error = DeviceUnavailable("cpu", "tier 2 is made of GPU kernels")
-        error.fix = (
-            "use --device cuda; or set TRITON_INTERPRET=1, which runs the kernels on the CPU, "
-            "thousands of times slower"
-        )
-        raise error
 
 
 def load_production(

@@ -98,10 +98,10 @@ class CapacityError(Dsv4Error):
 class DeviceUnavailable(Dsv4Error):
     """A device that this machine does not have, or that this torch cannot use."""
 
-    def __init__(self, device: str, reason: str) -> None:
+    def __init__(self, device: str, reason: str, fix: str = "") -> None:
         super().__init__(f"device {device}: {reason}")
         self.device = device
-        self.fix = "use --device cpu; `dsv4 doctor` lists the GPUs that torch can use"
+        self.fix = fix or "use --device cpu; `dsv4 doctor` lists the GPUs that torch can use"
 
 
 class KernelUnavailable(Dsv4Error, NotImplementedError):

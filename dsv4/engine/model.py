@@ -96,12 +96,12 @@ def usable_device(device: torch.device | str) -> torch.device:
     if found.type != "cuda":
         return found
     if not torch.cuda.is_available():
-        raise DeviceUnavailable(str(found), "torch finds no CUDA device")
+        fix = "on a CPU, use tier 1, or TRITON_INTERPRET=1 for a few tokens (minutes)"
+        raise DeviceUnavailable(str(found), "torch finds no CUDA device", fix)
     current = torch.cuda.current_device()
     if found.index not in (None, current):
-        error = DeviceUnavailable(str(found), f"the current device is cuda:{current}")
-        error.fix = f"set CUDA_VISIBLE_DEVICES={found.index} and use cuda"
-        raise error
+        fix = f"set CUDA_VISIBLE_DEVICES={found.index} and use cuda"
+        raise DeviceUnavailable(str(found), f"the current device is cuda:{current}", fix)
     return torch.device("cuda", current)
 
 

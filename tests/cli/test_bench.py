@@ -51,7 +51,7 @@ def test_benches_that_cannot_be(dsv4, words, named):
 
 
 def test_a_picture_needs_its_extra_before_anything_runs(dsv4, monkeypatch):
-    monkeypatch.setitem(bench.__dict__, "check_device", lambda name: pytest.fail("too late"))
+    monkeypatch.setitem(bench.__dict__, "check_device", lambda *args: pytest.fail("too late"))
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     code, _, err = dsv4("bench", "decode", "flash", "--plot", "a.png")
     assert code == USAGE
@@ -73,7 +73,7 @@ def without_gpu(monkeypatch):
     model = SimpleNamespace(
         config=config, cache=cache, weight_bytes=1 << 30, device=SimpleNamespace(type="cpu")
     )
-    monkeypatch.setattr(bench, "check_device", lambda name: None)
+    monkeypatch.setattr(bench, "check_device", lambda *args: None)
     monkeypatch.setattr(bench, "_build", lambda args, terminal: model)
     monkeypatch.setattr("dsv4.testing.bench.read_gbps", lambda: PEAK)
     monkeypatch.setattr(engine_bench, "fill_contexts", lambda model, n, context: list(range(n)))

@@ -102,7 +102,8 @@ def test_a_device_that_is_not_there(
     got, _, err = dsv4(verb, tiny, *flags[verb], "--device", device)
     assert got == code
     assert device in err
-    assert code == 2 or "fix: use --device cpu" in err
+    fix = "use --device cuda, the first" if num_gpus else "use --device cpu"
+    assert code == 2 or f"fix: {fix}" in err
 
 
 def test_tier_0_runs_on_the_cpu(dsv4, tiny):

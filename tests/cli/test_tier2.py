@@ -24,12 +24,39 @@ def test_paris_through_the_kernels(dsv4):
     assert "tier 2 bfloat16" in err
 
 
-def test_no_gpu_and_no_interpreter(dsv4, monkeypatch):
+INTERPRET = "TRITON_INTERPRET=1 with --device cpu for a few tokens (minutes)"
+BENCH = "bench needs a CUDA GPU; on a CPU: make bench"
+FLASH = ["dump", "flash", "--tier", "2", "--layers", "1", "--experts", "8", "--tokens", "5"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "fix"),
+    [
+        (PARIS, f"use --tier 1, or {INTERPRET}"),
+        ([*PARIS, "--device", "cuda"], f"use --tier 1, or {INTERPRET}"),
+        ([*PARIS, "--device", "cuda:1"], f"use --tier 1, or {INTERPRET}"),
+        ([*FLASH, "--out", "x"], f"use {INTERPRET}"),
+        (["bench", "decode", "nano"], BENCH),
+        (["bench", "decode", "nano", "--device", "cpu"], BENCH),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_the_way_out_where_no_kernel_can_run_leads_out(dsv4, monkeypatch, tmp_path, argv, fix):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    code, out, err = dsv4(*PARIS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = dsv4(*argv)
     assert (code, out) == (HARDWARE, "")
-    assert "--device cuda" in err
-    assert "TRITON_INTERPRET=1" in err
+    assert err.endswith(f"\nfix: {fix}\n")
+
+
+def test_a_gpu_that_was_not_asked_for(dsv4, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    code, _, err = dsv4(*PARIS)
+    assert code == HARDWARE
+    assert err.endswith("fix: use --device cuda\n")
 
 
 @pytest.mark.parametrize(
