@@ -81,6 +81,8 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/nano_cpu.py
 
 $(VENV)/.torch:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	  { echo "needs Python 3.11 or newer: make demo PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
 	  $(BIN)/pip install -q "torch>=2.11"; \
