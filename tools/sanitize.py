@@ -60,8 +60,10 @@ def gpus() -> list[str]:
     return [str(i) for i in range(max(torch.cuda.device_count(), 1))]
 
 
-def sanitize(program: str, family: str, tool: str, tokens: int, gpu: str, limit: float) -> Result:
-    """Run one family under one tool."""
+def sanitize(
+    program: str, family: str, tool: str, tokens: int, gpu: str, limit: float, log_to: Path | None
+) -> Result:
+    """Run one family under one tool; what it says goes to `log_to` if it is not all well."""
     command = [
         program, "--tool", tool, "--report-api-errors", "no", "--print-limit", "5",
         sys.executable, str(CHILD), family, str(tokens),
@@ -79,8 +81,12 @@ def sanitize(program: str, family: str, tool: str, tokens: int, gpu: str, limit:
         is_over = True
         os.killpg(child.pid, signal.SIGKILL)  # what it watches too
         log, _ = child.communicate()
-    seconds = time.perf_counter() - start
-    return read_log(family, tool, log.decode(errors="replace"), seconds, is_over)
+    seconds, text = time.perf_counter() - start, log.decode(errors="replace")
+    result = read_log(family, tool, text, seconds, is_over)
+    if log_to and (result.warnings or not result.is_clean):
+        with log_to.open("a") as file:
+            file.write(f"==== {family} {tool}, {tokens} tokens\n{text}\n")
+    return result
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -91,6 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="at a time (8 for a GPU, with two cores each)")
     parser.add_argument("--limit", type=float, default=280, help="seconds of a process")
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--log", type=Path, help="file for what was said where not all is well")
     flags = parser.parse_args(argv)
     flags.jobs = flags.jobs or max(1, min(8 * len(gpus()), (os.cpu_count() or 2) // 2))
     flags.family = flags.family or list(FAMILIES)
@@ -110,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(flags.jobs) as pool:
         for family, tool in product(flags.family, reversed(flags.tool)):
             for tokens in sorted(flags.tokens or FAMILIES[family].tokens, reverse=True):
-                work = program, family, tool, tokens, next(turns), flags.limit
+                work = program, family, tool, tokens, next(turns), flags.limit, flags.log
                 tasks[pool.submit(sanitize, *work)] = tokens
         for task, tokens in tasks.items():
             parts.append(r := task.result())

@@ -12,7 +12,7 @@ SUMMARY = {
 }
 CALLS = r"(?m)^ran (\d+) calls$"  # the last line of sanitize_run.py
 FINDING = r"Invalid|Misaligned|Error: |Race|Potential"
-FAILURE = r"[\w.]*(Error|Unavailable)\b|.*not supported"
+FAILURE = r"[\w.]*(Error|Unavailable|Iteration|Exception)\b|.*not supported"
 
 
 @dataclass(frozen=True)

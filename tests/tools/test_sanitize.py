@@ -122,8 +122,11 @@ def test_a_table_and_a_file_of_all_results(
         (tmp_path / name).write_text(log.replace("(0 errors", "(2 errors"))
     stand_in(tmp_path, f'cat "{tmp_path}/$2"; echo "$@" > "{tmp_path}/command"')
     rows = tmp_path / "rows.json"
-    flags = ["--family", "router", "quant", "--jobs", "2", "--json", str(rows)]
+    told = tmp_path / "log"
+    flags = ["--family", "router", "quant", "--jobs", "2", "--json", str(rows), "--log", str(told)]
     assert sanitize.main(flags) == 1
+    assert "==== router racecheck, 1 tokens\n" in told.read_text()
+    assert " memcheck" not in told.read_text()  # all well there
     lines = capsys.readouterr().out.splitlines()
     assert lines[-4].split()[:5] == ["router", "0", "errors", "10", "errors"]
     assert lines[-3].split()[:5] == ["quant", "0", "errors", "6", "errors"]
