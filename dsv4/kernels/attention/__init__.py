@@ -1,4 +1,8 @@
-"""Sparse attention on the paged FP8 cache."""
+"""Sparse attention on the paged FP8 cache.
+
+*_sm90: CUDA C++, on Hopper; without a suffix: Triton, GPUs from SM 9.0 and the interpreter.
+*_fp8: results in FP8, which the model does not use. Decode steps run *_decode*, prompts *_prefill*.
+"""
 
 from dsv4.kernels.attention import (
     kv_step_pack,

@@ -1,4 +1,8 @@
-"""Linear layers: weights in the precision of the checkpoint, read once."""
+"""Linear layers: weights in the precision of the checkpoint, read once.
+
+*_sm90: CUDA C++, on Hopper, up to 64 tokens; without a suffix: Triton, any number, GPUs from SM 9.0
+and the interpreter. *_w8a8: inputs in FP8, which the model does not use.
+"""
 
 from dsv4.kernels.linear import (
     joined_wide_linear,

@@ -1,4 +1,8 @@
-"""mHC: four residual streams, mixed before and after every sub-layer."""
+"""mHC: four residual streams, mixed before and after every sub-layer.
+
+*_sm90: CUDA C++ (common/mhc_cluster.cu), on Hopper, for BF16 and widths that are multiples of 1024;
+without a suffix: Triton, GPUs from SM 9.0 and the interpreter.
+"""
 
 from dsv4.kernels.mhc import (
     hc_head_norm,

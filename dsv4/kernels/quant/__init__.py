@@ -1,4 +1,7 @@
-"""Block-scaled casts and back."""
+"""Block-scaled casts and back. Triton: GPUs from SM 8.9, and the interpreter.
+
+The model does not use them: its kernels cast and decode on the way.
+"""
 
 from dsv4.kernels.quant import (
     fp8_act_dequantize,
