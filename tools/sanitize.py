@@ -45,9 +45,8 @@ class SanitizerMissing(Exception):
 def find_sanitizer() -> str:
     """The program. Raises SanitizerMissing."""
     home = os.environ.get("CUDA_HOME")
-    path = os.pathsep.join(
-        [os.environ.get("PATH", ""), *([f"{home}/bin"] if home else []), *PLACES]
-    )
+    own = [f"{home}/bin"] if home else []
+    path = os.pathsep.join([os.environ.get("PATH", ""), *own, *PLACES])
     if found := shutil.which("compute-sanitizer", path=path):
         return found
     raise SanitizerMissing(MISSING)
@@ -55,9 +54,8 @@ def find_sanitizer() -> str:
 
 def gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name, one GPU each."""
-    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return given.split(",")
-    return [str(i) for i in range(max(torch.cuda.device_count(), 1))]
+    there = ",".join(str(i) for i in range(max(torch.cuda.device_count(), 1)))
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or there).split(",")
 
 
 def sanitize(
@@ -81,11 +79,11 @@ def sanitize(
         is_over = True
         os.killpg(child.pid, signal.SIGKILL)  # what it watches too
         log, _ = child.communicate()
-    seconds, text = time.perf_counter() - start, log.decode(errors="replace")
-    result = read_log(family, tool, text, seconds, is_over)
+    text = log.decode(errors="replace")
+    result = read_log(family, tool, text, time.perf_counter() - start, is_over)
     if log_to and (result.warnings or not result.is_clean):
-        with log_to.open("a") as file:
-            file.write(f"==== {family} {tool}, {tokens} tokens\n{text}\n")
+        with log_to.open("a") as f:
+            f.write(f"==== {family} {tool}, {tokens} tokens\n{text}\n")
     return result
 
 
@@ -121,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tasks[pool.submit(sanitize, *work)] = tokens
         for task, tokens in tasks.items():
             parts.append(r := task.result())
-            about = f"{r.family} {r.tool}, {tokens} tokens"
-            print(f"{about}: {r}, {r.calls} calls, {r.seconds:.0f} s", flush=True)
+            about = f"{r.family} {r.tool}, {tokens} tokens: {r}, {r.calls} calls"
+            print(f"{about}, {r.seconds:.0f} s", flush=True)
     results = joined(parts)
     print(table(results, flags.tool))
     if flags.json:
