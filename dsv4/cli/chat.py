@@ -14,6 +14,7 @@ from dsv4.cli.model import (
     context_limit,
     load_model,
     model_config,
+    shorten,
 )
 from dsv4.cli.prompt import add_sampling_arguments, not_utf8, sampling_params, utf8_stdin
 from dsv4.cli.terminal import AnswerView, Terminal, gib
@@ -125,7 +126,7 @@ class Chat:
         session = self.session
         ids = encode_chat(session.tokenizer, turns, self.thinking)
         fix = f"shorten the message; {FULL}" if self.messages != self.system else (
-            "shorten the message, or raise --max-context"
+            shorten("message", self.limit, session.runner.config)
         )  # fmt: skip
         check_prompt(ids, self.limit, fix)
         view = AnswerView(self.terminal)

@@ -8,7 +8,17 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from dsv4.cli.model import PUBLISHED, add_slice_arguments
+from dsv4.cli import dump
+from dsv4.cli.model import (
+    PUBLISHED,
+    add_slice_arguments,
+    check_kernel_device,
+    check_prompt,
+    context_limit,
+    device_name,
+    model_config,
+    slice_config,
+)
 from dsv4.cli.terminal import Terminal
 from dsv4.cli.tier2 import add_fusion_argument, split_fusions
 from dsv4.core.errors import RequestError
@@ -29,7 +39,7 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="N random ids instead of -p "
                         f"(flash and pro: {RANDOM_TOKENS})")  # fmt: skip
     add_slice_arguments(parser)
-    parser.add_argument("--device", default="cpu", metavar="cpu|cuda|cuda:N",
+    parser.add_argument("--device", type=device_name, default="cpu", metavar="cpu|cuda|cuda:N",
                         help="of tier 2 (default cpu)")  # fmt: skip
     parser.add_argument("--taps", default="*", metavar="GLOB[,GLOB]", help="(default all)")
     parser.add_argument("--limits", metavar="FILE", help="another table than diff/limits.toml")
@@ -56,8 +66,10 @@ def run(args: Namespace, terminal: Terminal) -> int:
         return _compare(args, terminal, args.a, args.b)
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder) / f"{which}.safetensors") for which in "AB"]
-        for flags, path in zip(runs, paths, strict=True):
-            _dump(args, terminal, [*flags, "--out", path])
+        dumps = [_parse(args, [*f, "--out", p]) for f, p in zip(runs, paths, strict=True)]
+        _check(args, dumps)
+        for each in dumps:
+            dump.run(each, terminal)
         return _compare(args, terminal, *paths)
 
 
@@ -73,8 +85,9 @@ def _runs(args: Namespace) -> list[list[str]]:
     flag = "--tiers" if args.tiers is not None else "--no-fusion"
     if args.tiers is not None and args.no_fusion:
         raise RequestError("--tiers", "no --no-fusion beside it", args.no_fusion)
-    if args.tokens is None and args.prompt is None and args.a in PUBLISHED:
-        args.tokens = RANDOM_TOKENS
+    if args.a in PUBLISHED:
+        _check_random(args)
+        args.tokens = RANDOM_TOKENS if args.tokens is None else args.tokens
     if args.b is not None or (args.prompt is None) == (args.tokens is None):
         raise RequestError(flag, "MODEL and one of -p TEXT and --tokens N beside it", args.b)
     on = ["--device", args.device]
@@ -85,9 +98,32 @@ def _runs(args: Namespace) -> list[list[str]]:
     return [run, [*run, "--no-fusion", parts]]
 
 
-def _dump(args: Namespace, terminal: Terminal, words: list[str]) -> None:
-    """Run `dsv4 dump` as a user would, with its defaults."""
-    from dsv4.cli import dump
+def _check_random(args: Namespace) -> None:
+    """Raises RequestError for what a model of random weights does not take."""
+    if args.tiers is not None:
+        expected = f"a checkpoint: {args.a} has random weights, which only tier 2 takes"
+        raise RequestError("--tiers", expected, args.a, "use --no-fusion, or a checkpoint")
+    if args.prompt is not None:
+        raise RequestError("-p", f"--tokens N: {args.a} has no tokenizer here", args.prompt)
+
+
+def _check(args: Namespace, dumps: list[Namespace]) -> None:
+    """Raise what a run would, before the first one, in words of this verb."""
+    if any(each.tier == 2 for each in dumps):
+        check_kernel_device(args.device, has_other_tiers=False)
+    config = slice_config(dumps[0], model_config(args.a))
+    ids, flag, fix = dump.token_ids(dumps[0], config), "-p", "shorten the prompt"
+    if args.tokens is not None:
+        flag, fix = "--tokens", "lower --tokens"
+    check_prompt(ids, min(context_limit(each, config) for each in dumps), fix)
+    decode = dumps[0].decode
+    if decode >= len(ids):
+        expected = f"{decode + 1} tokens or more, because the last {decode} are decode steps"
+        raise RequestError(flag, expected, len(ids))
+
+
+def _parse(args: Namespace, words: list[str]) -> Namespace:
+    """What `dsv4 dump` makes of `words` and of the flags that it shares, with its defaults."""
     from dsv4.core import env
 
     parser = ArgumentParser()
@@ -95,7 +131,7 @@ def _dump(args: Namespace, terminal: Terminal, words: list[str]) -> None:
     for name in ("prompt", "tokens", "layers", "experts", "taps"):
         if (value := getattr(args, name)) is not None:
             words = [*words, f"--{name}={value}"]
-    dump.run(parser.parse_args([args.a, *words]), terminal)
+    return parser.parse_args([args.a, *words])
 
 
 def _compare(args: Namespace, terminal: Terminal, a: str, b: str) -> int:

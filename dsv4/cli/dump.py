@@ -16,6 +16,7 @@ from dsv4.cli.model import (
     load_runner,
     model_config,
     open_tokenizer,
+    shorten,
     slice_config,
 )
 from dsv4.cli.prompt import add_prompt_arguments, prompt_text, read_ids, render_prompt
@@ -44,10 +45,8 @@ def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
 
 def run(args: Namespace, terminal: Terminal) -> int:
     """Exit code 0."""
-    for flag, low in (("chunk", 1), ("tokens", 1), ("decode", 0)):
-        value = getattr(args, flag)
-        if value is not None and not low <= value <= MAX_CONTEXT:
-            raise RequestError(f"--{flag}", f"{low} to {MAX_CONTEXT:,}", value)
+    _check_count("--chunk", args.chunk, 1)
+    _check_count("--decode", args.decode, 0)
     from dsv4.diff.dump import check_output
 
     check_output(args.out)
@@ -56,8 +55,8 @@ def run(args: Namespace, terminal: Terminal) -> int:
         expected = f"2 for {args.model}, whose weights are random"
         raise RequestError("--tier", expected, args.tier, "add --tier 2")
     config = slice_config(args, model_config(args.model))
-    ids = _ids(args, config)
-    check_prompt(ids, context_limit(args, config))
+    ids, limit = token_ids(args, config), context_limit(args, config)
+    check_prompt(ids, limit, shorten("prompt", limit, config))
     if args.decode and args.decode >= len(ids):
         raise RequestError("--decode", f"less than the {len(ids)} tokens of the prompt",
                            args.decode)  # fmt: skip
@@ -82,8 +81,14 @@ def run(args: Namespace, terminal: Terminal) -> int:
     return 0
 
 
-def _ids(args: Namespace, config: ModelConfig) -> list[int]:
+def _check_count(flag: str, value: int | None, low: int) -> None:
+    if value is not None and not low <= value <= MAX_CONTEXT:
+        raise RequestError(flag, f"{low} to {MAX_CONTEXT:,}", value)
+
+
+def token_ids(args: Namespace, config: ModelConfig) -> list[int]:
     """The token ids that one of -p, -f, --ids and --tokens names."""
+    _check_count("--tokens", args.tokens, 1)
     has_text = args.prompt is not None or bool(args.file)
     if has_text + (args.ids is not None) + (args.tokens is not None) > 1:
         got = args.ids if args.ids is not None else args.tokens

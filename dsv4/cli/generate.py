@@ -16,6 +16,7 @@ from dsv4.cli.model import (
     load_model,
     model_config,
     open_tokenizer,
+    shorten,
 )
 from dsv4.cli.prompt import (
     add_prompt_arguments,
@@ -62,7 +63,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
     check_stop_ids(args.stop_id, config)
     limit = context_limit(args, config)
     ids = prompt.encode(open_tokenizer(args.model, config))
-    check_prompt(ids, limit)
+    check_prompt(ids, limit, shorten("prompt", limit, config))
     if args.print_prompt:
         return _print_prompt(args, terminal, prompt.text, ids)
     loaded = load_model(args, terminal)

@@ -266,9 +266,13 @@ def context_limit(args: Namespace, config: ModelConfig) -> int:
     return args.max_context
 
 
-def check_prompt(
-    ids: list[int], limit: int, fix: str = "shorten the prompt, or raise --max-context"
-) -> None:
+def shorten(what: str, limit: int, config: ModelConfig) -> str:
+    """The way out of a prompt beyond `limit`, which is at most the model's own."""
+    is_raisable = limit < config.max_position_embeddings
+    return f"shorten the {what}" + (", or raise --max-context" if is_raisable else "")
+
+
+def check_prompt(ids: list[int], limit: int, fix: str) -> None:
     """Raises RequestError for an empty prompt, or, with `fix`, one beyond the context limit."""
     if not 1 <= len(ids) <= limit:
         expected = f"1 to {limit:,} tokens"

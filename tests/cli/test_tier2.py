@@ -50,6 +50,17 @@ def test_the_way_out_where_no_kernel_can_run_leads_out(dsv4, monkeypatch, tmp_pa
     assert err.endswith(f"\nfix: {fix}\n")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tiers_are_not_compared_before_all_can_run(dsv4, monkeypatch, device):
+    monkeypatch.setattr("dsv4.loader.Checkpoint.load", None)  # what tier 1 begins with
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = dsv4("diff", "nano", "--tiers", "1,2", "-p", "x", "--device", device)
+    assert (code, out) == (HARDWARE, "")
+    assert err.startswith(f"error: device {device}: ")
+    assert err.endswith(f"\nfix: use {INTERPRET}\n")
+
+
 def test_a_gpu_that_was_not_asked_for(dsv4, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
