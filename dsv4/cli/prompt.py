@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,8 @@ def add_prompt_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("prompt (one of)")
     group.add_argument("-p", "--prompt", metavar="TEXT", help="the text itself")
     group.add_argument("-f", "--file", metavar="FILE", action="append", default=[],
-                       help="a text file in UTF-8; - alone or -f - is stdin")  # fmt: skip
+                       help="a text file in UTF-8; - alone or -f - is stdin; one final newline "
+                       "is not part of the prompt")  # fmt: skip
     kind = parser.add_argument_group("what the text is")
     kind.add_argument("--raw", action="store_true", help="text to continue (the default)")
     kind.add_argument("--chat", action="store_true", help="a user's message, answered directly")
@@ -74,12 +76,11 @@ def prompt_text(args: Namespace) -> str:
         return args.prompt
     file = args.file[0]
     try:
-        if file == "-":
-            return utf8_stdin().read()
         with naming("--file", file):
-            return Path(file).read_text("utf-8")
+            text = utf8_stdin().read() if file == "-" else Path(file).read_text("utf-8")
     except UnicodeDecodeError as e:
         raise not_utf8("stdin" if file == "-" else file, e) from e
+    return re.sub(r"\r?\n\Z", "", text)  # it ends a line of the file, not the prompt
 
 
 def utf8_stdin() -> TextIO:

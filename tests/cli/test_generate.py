@@ -200,6 +200,31 @@ def test_prompt_sources(dsv4, tiny, tmp_path, monkeypatch):
     assert len(set(outputs)) == 1
 
 
+@pytest.mark.parametrize(
+    ("written", "prompt"),
+    [
+        ("Hi", "Hi"),
+        ("Hi\n", "Hi"),
+        ("Hi\r\n", "Hi"),
+        ("Hi\n\n", "Hi\n"),
+        ("Hi\n ", "Hi\n "),
+        ("\n", ""),
+    ],
+)
+def test_one_final_newline_of_a_file_is_not_of_the_prompt(
+    dsv4, tiny, tmp_path, monkeypatch, written, prompt
+):
+    words = ("generate", tiny, "--print-prompt")
+    wanted = dsv4(*words, "-p", prompt)[1]
+    (tmp_path / "prompt").write_bytes(written.encode())
+    assert dsv4(*words, "-f", tmp_path / "prompt")[1] == wanted
+    for newline in (None, ""):  # with and without line ends made one
+        stdin = io.TextIOWrapper(io.BytesIO(written.encode()), newline=newline)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert dsv4(*words, "-")[1] == wanted
+    assert dsv4(*words, "-p", f"{prompt}\n")[1] != wanted
+
+
 def test_a_dash_may_be_a_prompt(dsv4, tiny):
     report = json.loads(dsv4("generate", tiny, "-p", "-", "--print-prompt", "--json")[1])
     assert report["prompt"].endswith("-")
