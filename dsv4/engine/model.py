@@ -25,6 +25,7 @@ from dsv4.model.mtp import MtpBlock
 from dsv4.model.trunk import Trunk
 
 MAX_DECODE_ROWS = 64  # of one step: so many the kernels for few rows take
+FIRST_SM = 9  # kernels start under the one before them, which Hopper was the first to know
 DEFAULT_MAX_CONTEXT, DEFAULT_MAX_ROWS = 32_768, 2048
 
 
@@ -102,6 +103,10 @@ def usable_device(device: torch.device | str) -> torch.device:
     if found.index not in (None, current):
         fix = f"set CUDA_VISIBLE_DEVICES={found.index} and use cuda"
         raise DeviceUnavailable(str(found), f"the current device is cuda:{current}", fix)
+    major, minor = torch.cuda.get_device_capability(current)
+    if major < FIRST_SM:
+        detail = f"its kernels need SM {FIRST_SM}.0 or later, this is SM {major}.{minor}"
+        raise DeviceUnavailable(str(found), detail, "use tier 1 on this device")
     return torch.device("cuda", current)
 
 
