@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dsv4 {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, description=f"{text}.".capitalize())
+        sub = verbs.add_parser(verb, help=text, description=f"{text[0].upper()}{text[1:]}.")
         import_module(f"dsv4.cli.{verb}").add_arguments(sub, defaults)
         sub.add_argument("--quiet", action="store_true", default=defaults["DSV4_QUIET"],
                          help="no progress and no statistics")  # fmt: skip

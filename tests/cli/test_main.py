@@ -30,6 +30,19 @@ def test_help_imports_neither_torch_nor_tokenizers(command):
     assert "usage: dsv4" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("verb", "text"),
+    [
+        ("generate", "Continue one prompt, streamed."),
+        ("bench", "How long a step takes on a GPU,"),
+        ("plan", "Does it fit: memory of weights and KV cache."),
+        ("convert", "Write a checkpoint as BF16,"),
+    ],
+)
+def test_help_keeps_names_as_they_are(dsv4, verb, text):
+    assert f"\n\n{text}" in dsv4(verb, "--help")[1]
+
+
 def test_help_is_fast():
     def seconds() -> float:  # of a processor: the wall clock counts other work too
         start = os.times()
