@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.model import PUBLISHED, check_device, device_name, model_config, model_folder
+from dsv4.cli.model import NAMES, PUBLISHED, check_device, device_name, model_config, model_folder
 from dsv4.cli.terminal import Terminal, gib
 from dsv4.cli.tier2 import add_fusion_argument, split_fusions
 from dsv4.core.errors import DeviceUnavailable, RequestError
@@ -202,7 +202,7 @@ def _build(args: Namespace, terminal: Terminal) -> ProductionModel:
         return ProductionModel(config, stored, args.device, _limits(args, config), unfused=unfused)
     if args.layers is not None or args.experts is not None:
         raise RequestError("--layers", "flash or pro beside it", args.model)
-    checkpoint = Checkpoint.open(model_folder(args.model))
+    checkpoint = Checkpoint.open(model_folder(args.model, NAMES))
     config = checkpoint.config
     with terminal.progress("loading") as progress:
         stored = checkpoint.stream(progress, keep=of_trunk)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsv4.cli import dump
 from dsv4.cli.model import (
+    NAMES,
     PUBLISHED,
     add_slice_arguments,
     check_kernel_device,
@@ -111,7 +112,7 @@ def _check(args: Namespace, dumps: list[Namespace]) -> None:
     """Raise what a run would, before the first one, in words of this verb."""
     if any(each.tier == 2 for each in dumps):
         check_kernel_device(args.device, has_other_tiers=False)
-    config = slice_config(dumps[0], model_config(args.a))
+    config = slice_config(dumps[0], model_config(args.a, names=NAMES))
     ids, flag, fix = dump.token_ids(dumps[0], config), "-p", "shorten the prompt"
     if args.tokens is not None:
         flag, fix = "--tokens", "lower --tokens"

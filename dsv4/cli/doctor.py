@@ -18,6 +18,7 @@ NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "rich")
 MIN_TORCH = (2, 11)
 EXTRAS = {"chat": "deepseek-recipe", "hf": "transformers"}
 OPTIONAL = ("triton",)
+SLOWLY = "ok, slowly: TRITON_INTERPRET=1 runs them on the CPU"
 
 
 def add_arguments(parser: ArgumentParser, defaults: dict[str, Any]) -> None:
@@ -45,12 +46,15 @@ def examine() -> dict[str, Any]:
     if torch_facts and torch_facts["version_tuple"] < MIN_TORCH:
         problems.append(f"torch {packages['torch']} is older than {MIN_TORCH[0]}.{MIN_TORCH[1]}")
     problems += torch_facts.get("problems", [])
-    checks = {} if problems else _checks(packages)
+    gpus = torch_facts.get("gpus", [])
+    checks = {} if problems else _checks(packages) | {"kernels": _kernels(packages, gpus)}
     tiers = []
     if not problems and checks["reference"] == "ok":
         tiers.append(1)
         if checks["transformers"] == "ok":
             tiers.insert(0, 0)
+        if checks["kernels"] in ("ok", SLOWLY):
+            tiers.append(2)
     values = env.read()
     return {
         "schema": SCHEMA,
@@ -60,7 +64,7 @@ def examine() -> dict[str, Any]:
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "memory_bytes": _total_memory(),
                 "free_bytes": _free_memory()},
         "packages": packages,
-        "gpus": torch_facts.get("gpus", []),
+        "gpus": gpus,
         "checks": checks,
         "problems": problems,
         "tiers": tiers,
@@ -101,6 +105,18 @@ def _checks(packages: dict[str, str | None]) -> dict[str, str]:
         _try(_import_transformers) if packages["transformers"] else "not installed"
     )
     return checks
+
+
+def _kernels(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> str:
+    """The same of the kernels of tier 2, which are compiled for SM 9x and 10x."""
+    if packages["triton"] is None:
+        return "triton is not installed"
+    from dsv4.kernels.common.launch import INTERPRETED
+
+    if INTERPRETED:
+        return SLOWLY
+    fits = any(gpu["arch"].startswith(("sm_9", "sm_10")) for gpu in gpus)
+    return "ok" if fits else "no GPU of SM 9x or 10x; TRITON_INTERPRET=1 runs them on the CPU"
 
 
 def _try(check: Any) -> str:
@@ -192,5 +208,7 @@ def _lines(r: dict[str, Any], with_env: bool) -> list[str]:
                   for n, c in r["unknown_env"].items()]  # fmt: skip
     tiers = ", ".join(map(str, r["tiers"]))
     word = "tier" if len(r["tiers"]) == 1 else "tiers"
-    lines.append(f"verdict  {word} {tiers} usable" if tiers else "verdict  nothing can run here")
+    slowly = ", 2 slowly" if r["checks"].get("kernels") == SLOWLY else ""
+    verdict = f"{word} {tiers} usable{slowly}" if tiers else "nothing can run here"
+    lines.append(f"verdict  {verdict}")
     return lines

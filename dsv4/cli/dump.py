@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from dsv4.cli.model import (
+    NAMES,
     PUBLISHED,
     Runner,
     add_runtime_arguments,
@@ -54,7 +55,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
     if is_random and args.tier != 2:
         expected = f"2 for {args.model}, whose weights are random"
         raise RequestError("--tier", expected, args.tier, "add --tier 2")
-    config = slice_config(args, model_config(args.model))
+    config = slice_config(args, model_config(args.model, names=NAMES))
     ids, limit = token_ids(args, config), context_limit(args, config)
     check_prompt(ids, limit, shorten("prompt", limit, config))
     if args.decode and args.decode >= len(ids):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.model import model_folder
+from dsv4.cli.model import NAMES, model_folder
 from dsv4.cli.terminal import Terminal, count, gib
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _open(model: str) -> tuple[ModelConfig, list[Row], str, list[str]]:
         return config, rows, "computed from the config", []
     from dsv4.loader import Checkpoint
 
-    checkpoint = Checkpoint.open(model_folder(model))
+    checkpoint = Checkpoint.open(model_folder(model, NAMES))
     source = f"{count(len(checkpoint.shards), 'shard')}, {checkpoint.dialect} names"
     return checkpoint.config, list(checkpoint.tensors()), source, checkpoint.notices
 

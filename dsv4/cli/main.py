@@ -55,6 +55,16 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+class VerbParser(Parser):
+    """Refuses what it does not know itself, with its own usage; argparse leaves it to `dsv4`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return known, rest
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs. Imports no torch. Variables without meaning are not yet refused."""
     defaults = env.read(strict=False)
@@ -63,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"dsv4 {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="VERB", required=True, parser_class=VerbParser
+    )
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=f"{text[0].upper()}{text[1:]}.")
         import_module(f"dsv4.cli.{verb}").add_arguments(sub, defaults)

@@ -30,6 +30,7 @@ NANO = "nano"
 DTYPES = ("float32", "bfloat16", "float64")
 MAX_JSON_BYTES = 1 << 20
 PUBLISHED = ("flash", "pro")  # whose configs the package knows
+NAMES = "nano, flash or pro"  # of verbs that need no files
 
 
 class Runner(Protocol):
@@ -132,14 +133,17 @@ def _num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def model_folder(name: str) -> Path:
-    """The folder that MODEL names; ./nano for a folder of that name."""
+def model_folder(name: str, names: str = NANO) -> Path:
+    """The folder that MODEL names; ./nano for a folder of that name.
+
+    names  that the verb takes, for the error
+    """
     if name == NANO:
         from dsv4.nano import path
 
         return path()
     if not Path(name).is_dir():
-        fix = "give a checkpoint folder, or: nano"
+        fix = f"give a checkpoint folder, or: {names}"
         if name in PUBLISHED:
             fix = ("flash and pro are names only for plan and inspect, and as random weights for "
                    "bench, dump and diff; give a checkpoint folder")  # fmt: skip
@@ -147,10 +151,11 @@ def model_folder(name: str) -> Path:
     return Path(name)
 
 
-def model_config(name: str, terminal: Terminal | None = None) -> ModelConfig:
+def model_config(name: str, terminal: Terminal | None = None, names: str = NANO) -> ModelConfig:
     """The config of MODEL, from config.json alone; `flash` and `pro` need no files.
 
     terminal  where to note the keys that are not understood, for who opens no checkpoint
+    names     as of `model_folder`
     """
     from dsv4.core.config import ModelConfig
 
@@ -158,7 +163,8 @@ def model_config(name: str, terminal: Terminal | None = None) -> ModelConfig:
         return ModelConfig.flash() if name == "flash" else ModelConfig.pro()
     from dsv4.core.config_dialects import parse_config
 
-    parsed = parse_config(read_json(open_folder(model_folder(name)), "config.json", MAX_JSON_BYTES))
+    folder = open_folder(model_folder(name, names))
+    parsed = parse_config(read_json(folder, "config.json", MAX_JSON_BYTES))
     if terminal is not None:
         for key in parsed.unknown_keys:
             terminal.note(f"note: config.json: key {printable(key)} not understood")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
 
-from dsv4.cli.model import PUBLISHED, model_config
+from dsv4.cli.model import NAMES, PUBLISHED, model_config
 from dsv4.cli.terminal import Terminal, gib
 
 SCHEMA = 1
@@ -46,7 +46,7 @@ def run(args: Namespace, terminal: Terminal) -> int:
     """Exit code: 0, or 1 when it does not fit."""
     from dsv4.cache.plan import MemoryPlan, plan
 
-    config = model_config(args.model, terminal)
+    config = model_config(args.model, terminal, NAMES)
     memory = args.memory if args.memory is not None else _gpu_memory()
     p: MemoryPlan = plan(
         config, gpus=args.gpus, batch=args.batch, index_keys=args.index_keys,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsv4.core.config import MAX_VOCAB
-from dsv4.core.errors import RequestError, printable
+from dsv4.core.errors import RequestError, Told, printable
 from dsv4.core.numbers import is_integer
 from dsv4.core.sampling import SamplingParams
 from dsv4.text.chat import THINKING, THINKING_HELP, Message, RenderedPrompt, render_chat
@@ -69,9 +69,10 @@ def sampling_params(args: Namespace) -> SamplingParams:
 
 def prompt_text(args: Namespace) -> str:
     """The text of -p, -f or -. Raises RequestError unless there is exactly one."""
-    if len(args.file) + (args.prompt is not None) != 1:
-        count = len(args.file) + (args.prompt is not None)
-        raise RequestError("prompt", "one of -p TEXT, -f FILE and -", f"{count} of them")
+    count = len(args.file) + (args.prompt is not None)
+    if count != 1:
+        came = {0: "none was given", 2: "two were given"}.get(count, f"{count} were given")
+        raise RequestError("prompt", "one of -p TEXT, -f FILE and -", Told(came))
     if args.prompt is not None:
         return args.prompt
     file = args.file[0]

@@ -102,9 +102,8 @@ def count(number: int, noun: str) -> str:
 
 
 def gib(num_bytes: float) -> str:
-    """Bytes as GiB, or MiB below a tenth of one."""
-    return (
-        f"{num_bytes / 2**30:.1f} GiB"
-        if num_bytes >= 2**30 / 10
-        else f"{num_bytes / 2**20:.1f} MiB"
-    )
+    """Bytes as GiB, as MiB below a tenth of one, as KiB below a tenth of that."""
+    for bits, unit in ((30, "GiB"), (20, "MiB")):
+        if num_bytes >= 2**bits / 10:
+            return f"{num_bytes / 2**bits:.1f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB"

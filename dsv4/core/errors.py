@@ -16,6 +16,10 @@ def shown(value: object, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+class Told(str):
+    """What came, as a clause of a message of its own instead of "got" and a value."""
+
+
 def printable(text: object, limit: int = 120) -> str:
     """`text` for an error message: ASCII without control characters, cut to `limit`."""
     escaped = str(text).encode("unicode_escape").decode("ascii")
@@ -112,7 +116,8 @@ class RequestError(Dsv4Error, ValueError):
     """A prompt or a sampling parameter that cannot be served."""
 
     def __init__(self, argument: str, expected: str, got: object, fix: str = "") -> None:
-        super().__init__(f"{argument}: expected {expected}, got {shown(got)}")
+        came = got if isinstance(got, Told) else f"got {shown(got)}"
+        super().__init__(f"{argument}: expected {expected}, {came}")
         self.argument, self.expected, self.got = argument, expected, got
         self.fix = fix
 

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from dsv4.core.errors import RequestError
-from dsv4.diff.dump import DTYPES, TapDump
+from dsv4.diff.dump import DTYPES, DumpInfo, TapDump
 from dsv4.diff.limits import Limit, Limits
 
+ROUNDED = {  # by DumpInfo.quant
+    "cache": "keys and values to FP8 and the indexer to MXFP4, as the official cache",
+    "production": "keys, values and index keys to FP8, as the paged cache",
+}
 ROW_FACTOR = 8.0  # a single row may be this many limits off; measured: see limits.toml
 
 
@@ -102,7 +106,7 @@ def compare_dumps(
                            f"{len(wanted_b)} with none in common")  # fmt: skip
     notes = []
     if a.info.quant != b.info.quant:
-        notes.append(f"A imitates {a.info.quant!r}, B {b.info.quant!r}")
+        notes.append(f"A rounds {_rounded(a.info)}, B {_rounded(b.info)}")
     if a.info.parts != b.info.parts:
         left, right = (", ".join(d.info.parts) or "nothing" for d in (a, b))
         notes.append(f"A runs {left} as parts, B {right}")
@@ -132,6 +136,12 @@ def compare_tensors(name: str, a: Tensor, b: Tensor, rule: Limit, dtype: str) ->
     if rule.kind == "bitwise" or not a.is_floating_point():
         return _compare_bits(name, a, b, rule)
     return _compare_floats(name, a, b, rule, limit)
+
+
+def _rounded(info: DumpInfo) -> str:
+    """What a run rounds, in words."""
+    nothing = f"nothing beyond {info.dtype}"
+    return {"": nothing, **ROUNDED}.get(info.quant, repr(info.quant))
 
 
 def _compare_tap(

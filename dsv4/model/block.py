@@ -35,7 +35,7 @@ def check_unfused(names: Collection[str]) -> frozenset[str]:
     """The names as a set. Raises RequestError for one that is not in FUSED."""
     for name in names:
         if name not in FUSED:
-            raise RequestError("--no-fusion", f"of {', '.join(FUSED)}", name)
+            raise RequestError("--no-fusion", f"one or more of {', '.join(FUSED)}", name)
     return frozenset(names)
 
 

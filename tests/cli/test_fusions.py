@@ -122,7 +122,7 @@ def test_what_a_dump_of_a_slice_says_of_itself(dsv4, small_flash, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([*NANO, "--no-fusion", "everything"], "latent_kv_norm_pack"),
+        ([*NANO, "--no-fusion", "everything"], "expected one or more of mhc_post_pre, "),
         ([*NANO, "--no-fusion", "mhc_post_pre,"], "got ''"),
         ([*NANO, "--no-fusion", "all", "--tiers", "1,2"], "--tiers"),
         ([*NANO, "--no-fusion", "all", "--tokens", "5"], "one of -p TEXT and --tokens"),

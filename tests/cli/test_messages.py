@@ -129,6 +129,7 @@ def test_a_missing_file_is_not_to_be_deleted(dsv4, copy):
 def test_extras_are_installed_for_this_python(dsv4, monkeypatch):
     from dsv4.cli import doctor
 
+    monkeypatch.setattr("dsv4.kernels.common.launch.INTERPRETED", False)
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda p: None if p == "transformers" else real(p))
     out = dsv4("doctor")[1]
@@ -166,6 +167,80 @@ def test_a_chat_reads_every_line_of_a_pipe(dsv4, tiny, monkeypatch):
     assert code == 0, err
     assert "/quit                    leave" in err
     assert "error" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "others"),
+    [
+        (["plan"], ", flash or pro"),
+        (["inspect"], ", flash or pro"),
+        (["dump", "--ids", "1", "--out", "x"], ", flash or pro"),
+        (["generate", "-p", "x"], ""),
+        (["chat"], ""),
+        (["verify"], ""),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_a_model_that_is_none_names_those_that_the_verb_takes(
+    dsv4, monkeypatch, tmp_path, words, others
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = dsv4(words[0], "bogus", *words[1:])
+    assert code == 3
+    assert err.endswith(f"\nfix: give a checkpoint folder, or: nano{others}\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "came"),
+    [
+        ([], "none was given"),
+        (["-p", "a", "-"], "two were given"),
+        (["-p", "a", "-", "-f", "b"], "3 were given"),
+    ],
+)
+def test_prompts_that_are_not_one_are_counted(dsv4, tiny, flags, came):
+    err = dsv4("generate", tiny, *flags)[2]
+    assert err == f"error: prompt: expected one of -p TEXT, -f FILE and -, {came}\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fix"),
+    [
+        ([], "shorten the prompt"),
+        (["--max-context", "4096"], "shorten the prompt"),
+        (["--max-context", "4095"], "shorten the prompt, or raise --max-context"),
+    ],
+)
+def test_a_limit_of_the_model_cannot_be_raised(dsv4, tiny, tmp_path, flags, fix):
+    (tmp_path / "long").write_text("Hello " * 5000)
+    for verb in (["generate"], ["dump", "--out", tmp_path / "x"]):
+        code, _, err = dsv4(verb[0], tiny, *verb[1:], "-f", tmp_path / "long", *flags)
+        assert code == 2
+        assert err.endswith(f"\nfix: {fix}\n")
+
+
+def test_a_message_beyond_the_limit_of_the_model(dsv4, tiny, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Bytes(b"Hello " * 5000 + b"\n/quit\n"))
+    code, _, err = dsv4("chat", tiny)
+    assert code == 0
+    assert err.endswith("\nfix: shorten the message\n")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_an_unknown_flag_shows_the_usage_of_its_verb(dsv4, verb):
+    words = {"bench": ["decode", "m"], "doctor": [], "dump": ["m", "--out", "x"]}
+    words["convert"] = ["m", "--to", "bf16", "--out", "x"]
+    code, _, err = dsv4(verb, *words.get(verb, ["m"]), "--bogus")
+    assert code == 2
+    assert err.startswith(f"usage: dsv4 {verb} ")
+    assert err.endswith(f"dsv4 {verb}: error: unrecognized arguments: --bogus\n")
+
+
+def test_sizes_are_not_rounded_away():
+    from dsv4.cli.terminal import gib
+
+    sizes = [gib(n) for n in (0, 1536, 2**20 // 10, 2**20, 2**30 // 10, 2**30)]
+    assert sizes == ["0.0 KiB", "1.5 KiB", "102.4 KiB", "1.0 MiB", "102.4 MiB", "1.0 GiB"]
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat"])

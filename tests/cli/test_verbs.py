@@ -186,7 +186,30 @@ def test_plan_refuses_nonsense(dsv4, flags):
 # doctor
 
 
+@pytest.mark.parametrize(
+    ("interpreted", "arch", "tiers", "verdict"),
+    [
+        (True, None, [0, 1, 2], "tiers 0, 1, 2 usable, 2 slowly"),
+        (False, None, [0, 1], "tiers 0, 1 usable"),
+        (False, "sm_80", [0, 1], "tiers 0, 1 usable"),
+        (False, "sm_90", [0, 1, 2], "tiers 0, 1, 2 usable"),
+        (False, "sm_100", [0, 1, 2], "tiers 0, 1, 2 usable"),
+    ],
+)
+def test_doctor_knows_where_kernels_run(dsv4, monkeypatch, interpreted, arch, tiers, verdict):
+    from dsv4.cli import doctor
+    from dsv4.kernels.common import launch
+
+    gpus = [{"name": "one", "arch": arch, "memory_bytes": 1, "free_bytes": 1}] if arch else []
+    facts = {"version_tuple": (9, 0), "gpus": gpus}
+    monkeypatch.setattr(doctor, "_torch", lambda: facts)
+    monkeypatch.setattr(launch, "INTERPRETED", interpreted)
+    assert json.loads(dsv4("doctor", "--json")[1])["tiers"] == tiers
+    assert dsv4("doctor")[1].splitlines()[-1] == f"verdict  {verdict}"
+
+
 def test_doctor(dsv4, monkeypatch):
+    monkeypatch.setattr("dsv4.kernels.common.launch.INTERPRETED", False)
     report = json.loads(dsv4("doctor", "--json")[1])
     assert report["schema"] == 1
     assert report["tiers"] == [0, 1]
@@ -226,6 +249,7 @@ def test_doctor_names_missing_packages(dsv4, monkeypatch):
 def test_doctor_without_extras(dsv4, monkeypatch):
     from dsv4.cli import doctor
 
+    monkeypatch.setattr("dsv4.kernels.common.launch.INTERPRETED", False)
     real = doctor._version
     extras = doctor.EXTRAS.values()
     monkeypatch.setattr(doctor, "_version", lambda p: None if p in extras else real(p))

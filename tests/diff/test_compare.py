@@ -337,9 +337,18 @@ def test_nothing_in_common_is_refused(compare):
         compare({"other": torch.zeros(1)})
 
 
-def test_other_quantisation_is_noted(compare):
-    other = DumpInfo(**{**INFO.__dict__, "quant": "cache"})
-    assert "B 'cache'" in to_text(compare(taps(), info_b=other))
+@pytest.mark.parametrize(
+    ("quant", "rounded"),
+    [
+        ("cache", "keys and values to FP8 and the indexer to MXFP4, as the official cache"),
+        ("production", "keys, values and index keys to FP8, as the paged cache"),
+        ("another", "'another'"),
+    ],
+)
+def test_other_quantisation_is_noted(compare, quant, rounded):
+    other = DumpInfo(**{**INFO.__dict__, "quant": quant})
+    note = f"note: A rounds nothing beyond {INFO.dtype}, B {rounded}\n"
+    assert note in to_text(compare(taps(), info_b=other))
 
 
 def test_json_report(compare):
