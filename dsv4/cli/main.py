@@ -58,8 +58,8 @@ class Parser(argparse.ArgumentParser):
 class VerbParser(Parser):
     """Refuses what it does not know itself, with its own usage; argparse leaves it to `dsv4`."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, rest = super().parse_known_args(args, namespace)
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        known, rest = super().parse_known_args(*args, **kwargs)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return known, rest
