@@ -26,6 +26,7 @@ import torch
 from drafts import shuffled_gates
 from gate_measures import FILLER
 
+from dsv4.cli.main import tell_errors
 from dsv4.cli.model import model_folder
 from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
@@ -156,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="nano", help="checkpoint folder, or nano")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda",
+                        help="needs a GPU (default cuda); cpu under TRITON_INTERPRET=1, very slowly"
+                        )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="tier 1"
     )
@@ -181,4 +184,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    tell_errors()
     sys.exit(main())

@@ -30,6 +30,8 @@ from gate_measures import FACTS, FEW, FULL, SHORT, Model
 from lookback_gates import LookBack
 from torch import Tensor
 
+from dsv4.cli.main import tell_errors
+from dsv4.cli.model import check_kernel_device
 from dsv4.cli.tier0 import TransformersModel
 from dsv4.core.config import ModelConfig
 from dsv4.core.formats import BlockScaledTensor
@@ -147,10 +149,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="other contexts and orders")
     parser.add_argument("--tier", type=int, choices=(0, 1, 2), default=1,
                         help="0: transformers, 2: the production path")  # fmt: skip
-    parser.add_argument("--device", default="cuda", help="of tier 2 (default cuda)")
+    parser.add_argument("--device", default="cuda", help="of tier 2, which needs a GPU "
+                        "(default cuda); cpu under TRITON_INTERPRET=1, very slowly")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--simulate-kv-quant", action="store_true", help="as the official cache")
     args, began = parser.parse_args(), time.perf_counter()
+    if args.tier == 2:
+        check_kernel_device(args.device, has_other_tiers=True)
     parts = ["facts", "looking_back"]
     if args.tier and not args.no_controls:
         parts += ["controls"] if args.short or args.tier == 2 else ["controls", "mistakes"]
@@ -171,4 +176,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    tell_errors()
     sys.exit(main())

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import dsv4.nano
+from dsv4.cli.main import tell_errors
 from dsv4.cli.model import config_hash
 from dsv4.core.inventory import of_trunk
 from dsv4.core.taps import capture
@@ -24,11 +25,14 @@ from dsv4.loader import Checkpoint
 from dsv4.text.detokenize import Detokenizer
 from dsv4.text.tokenizer import Tokenizer
 
+tell_errors()
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", help="checkpoint folder, or 'nano'")
 parser.add_argument("-p", "--prompt", default="The capital of France is")
 parser.add_argument("-n", "--max-tokens", type=int, default=16)
-parser.add_argument("--device", default="cuda")
+parser.add_argument("--device", default="cuda",
+                    help="needs a GPU (default cuda); cpu under TRITON_INTERPRET=1, very slowly"
+                    )  # fmt: skip
 parser.add_argument("--dump", metavar="FILE", help="write the taps of the prefill (safetensors)")
 parser.add_argument("--expect", metavar="TEXT", help="the gate: fail unless the output has it")
 args = parser.parse_args()

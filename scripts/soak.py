@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dsv4.cli.main import tell_errors
 from dsv4.cli.model import model_folder
 from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
@@ -166,19 +167,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="nano", help="checkpoint folder, or nano")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="needs a GPU, or TRITON_INTERPRET=1: slow")
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--pool", type=int, default=300, help="different questions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drafts", action="store_true", help="draft a token a step")
     args = parser.parse_args(argv)
-    rng = random.Random(args.seed)
-    engine = build(args.model, args.device, args.drafts)
+    rng, engine = random.Random(args.seed), build(args.model, args.device, args.drafts)
     pool = question_pool(args.pool, engine.model.config.vocab_size, rng)
     answers = answers_alone(engine, pool)
     before, preempted = device_bytes(engine.model.device), engine.num_preemptions
-    began = time.perf_counter()
-    seen = soak(engine, pool, answers, args.requests, rng)
+    began, seen = time.perf_counter(), soak(engine, pool, answers, args.requests, rng)
     seconds = time.perf_counter() - began
     after = device_bytes(engine.model.device)
     print(
@@ -197,4 +196,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    tell_errors()
     sys.exit(main())

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from types import TracebackType
 from typing import Any
 
 from dsv4 import __version__
@@ -86,7 +87,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    debug = os.environ.get("DSV4_DEBUG", "") not in ("", "0")
     try:
         for name, close in env.unknown().items():
             hint = f"; did you mean {close}?" if close else ""
@@ -109,10 +109,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(e)
         if code is None:
             raise
-        if debug:
-            traceback.print_exc()
         _report(e)
         return code
+
+
+def tell_errors() -> None:
+    """End a script with an error of the package as `dsv4` ends: one or two lines, and its code."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, Exception) or (code := exit_code(error)) is None:
+            sys.__excepthook__(kind, error, trace)
+            return
+        _report(error)
+        sys.exit(code)
+
+    sys.excepthook = hook
 
 
 def exit_code(error: Exception) -> int | None:
@@ -152,6 +163,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _report(error: Exception) -> None:
+    if os.environ.get("DSV4_DEBUG", "") not in ("", "0"):
+        traceback.print_exception(error)
     text = str(error)
     fix = getattr(error, "fix", "")
     if not isinstance(error, Dsv4Error) and exit_code(error) == MEMORY:

@@ -97,7 +97,7 @@ def usable_device(device: torch.device | str) -> torch.device:
     if found.type != "cuda":
         return found
     if not torch.cuda.is_available():
-        fix = "on a CPU, use tier 1, or TRITON_INTERPRET=1 for a few tokens (minutes)"
+        fix = "TRITON_INTERPRET=1 and device cpu run a few tokens (minutes); tier 1 needs no GPU"
         raise DeviceUnavailable(str(found), "torch finds no CUDA device", fix)
     current = torch.cuda.current_device()
     if found.index not in (None, current):
