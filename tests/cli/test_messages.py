@@ -130,6 +130,7 @@ def test_extras_are_installed_for_this_python(dsv4, monkeypatch):
     from dsv4.cli import doctor
 
     monkeypatch.setattr("dsv4.kernels.common.launch.INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda p: None if p == "transformers" else real(p))
     out = dsv4("doctor")[1]

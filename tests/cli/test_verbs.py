@@ -210,6 +210,7 @@ def test_doctor_knows_where_kernels_run(dsv4, monkeypatch, interpreted, arch, ti
 
 def test_doctor(dsv4, monkeypatch):
     monkeypatch.setattr("dsv4.kernels.common.launch.INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report = json.loads(dsv4("doctor", "--json")[1])
     assert report["schema"] == 1
     assert report["tiers"] == [0, 1]
@@ -250,6 +251,7 @@ def test_doctor_without_extras(dsv4, monkeypatch):
     from dsv4.cli import doctor
 
     monkeypatch.setattr("dsv4.kernels.common.launch.INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     real = doctor._version
     extras = doctor.EXTRAS.values()
     monkeypatch.setattr(doctor, "_version", lambda p: None if p in extras else real(p))
