@@ -135,13 +135,23 @@ def _parse(args: Namespace, words: list[str]) -> Namespace:
     return parser.parse_args([args.a, *words])
 
 
+def _is_exact(args: Namespace) -> bool:
+    """Whether all parts that are compared give the bits of their whole."""
+    if not args.no_fusion:
+        return False
+    from dsv4.model.block import EXACT
+
+    return set(split_fusions(args.no_fusion)) <= set(EXACT)
+
+
 def _compare(args: Namespace, terminal: Terminal, a: str, b: str) -> int:
     from dsv4.diff.compare import compare_dumps
     from dsv4.diff.dump import TapDump
-    from dsv4.diff.limits import DEFAULT, Limits
+    from dsv4.diff.limits import BITWISE, DEFAULT, Limits
     from dsv4.diff.report import to_json, to_summary, to_text
 
-    limits = Limits.load(args.limits or DEFAULT)
+    is_exact = _is_exact(args) and args.limits is None
+    limits = BITWISE if is_exact else Limits.load(args.limits or DEFAULT)
     globs = [g.strip() for g in args.taps.split(",")]
     report = compare_dumps(TapDump(a), TapDump(b), limits, globs)
     if args.json:

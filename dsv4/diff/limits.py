@@ -65,6 +65,9 @@ class Limits:
         raise RequestError("limits", "a rule for every tap", name, "add a rule with tap = '*'")
 
 
+BITWISE = Limits((Limit("*", "bitwise"),))  # no tap may differ in any bit
+
+
 def _rule(raw: dict[str, Any]) -> Limit:
     unknown = set(raw) - set(Limit.__dataclass_fields__)
     texts = (raw.get("tap"), raw.get("by_ids", ""), *raw.get("axes", ()))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from dsv4.cli.main import FAILED, OK, USAGE
@@ -47,6 +48,24 @@ def test_parts_are_bit_equal_to_their_kernels(dsv4):
     assert len(report["taps"]) == 46
     assert all(not t["rel_rms"] and t["num_differ"] == 0 for t in report["taps"])
     assert report["notes"] == [f"A runs nothing as parts, B {', '.join(ONCE)}"]
+
+
+def test_bits_decide_where_parts_give_those_of_the_whole(dsv4, monkeypatch):
+    """A last bit of one element, far within every limit."""
+
+    def nudged(op: Any, args: tuple) -> Any:
+        out = op(*args)
+        first = out.view(-1)[:1]
+        first.view(torch.int16).bitwise_xor_(1)
+        return out
+
+    wrap_fused(monkeypatch, "q_norm_rope", nudged)
+    code, out, _ = dsv4(*NANO, "--no-fusion", "q_norm_rope")
+    assert code == FAILED
+    assert "layers.0.attn.q" in out
+    for names in ("q_norm_rope,mhc_post_pre", "cache_step_append"):
+        code, out, err = dsv4(*NANO, "--no-fusion", names)
+        assert code == OK, out + err
 
 
 def test_a_sum_rounded_twice_is_within_its_limits(dsv4):
