@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import dsv4.nano
+from dsv4.cli.main import tell_errors
 from dsv4.cli.model import config_hash
 from dsv4.core.taps import capture
 from dsv4.diff.dump import DumpInfo, write_dump
@@ -21,6 +22,7 @@ from dsv4.reference.model import ReferenceModel
 from dsv4.text.detokenize import Detokenizer
 from dsv4.text.tokenizer import Tokenizer
 
+tell_errors()
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", help="checkpoint folder, or 'nano'")
 parser.add_argument("-p", "--prompt", default="The capital of France is")

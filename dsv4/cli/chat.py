@@ -16,7 +16,13 @@ from dsv4.cli.model import (
     model_config,
     shorten,
 )
-from dsv4.cli.prompt import add_sampling_arguments, not_utf8, sampling_params, utf8_stdin
+from dsv4.cli.prompt import (
+    add_sampling_arguments,
+    not_utf8,
+    sampling_params,
+    utf8_stdin,
+    without_final_newline,
+)
 from dsv4.cli.terminal import AnswerView, Terminal, gib
 from dsv4.core.errors import RequestError
 from dsv4.text.chat import THINKING, THINKING_HELP, Message, encode_chat
@@ -108,7 +114,7 @@ class Chat:
             self.session.reset()
             self.terminal.note("the history is gone")
         elif word == "/read":
-            self.answer(Path(rest).read_text("utf-8"))
+            self.answer(without_final_newline(Path(rest).read_text("utf-8")))
         elif word == "/save":
             conversation = {"schema": SCHEMA, "messages": [asdict(m) for m in self.messages]}
             Path(rest).write_text(to_json(conversation, indent=2), "utf-8")

@@ -81,7 +81,12 @@ def prompt_text(args: Namespace) -> str:
             text = utf8_stdin().read() if file == "-" else Path(file).read_text("utf-8")
     except UnicodeDecodeError as e:
         raise not_utf8("stdin" if file == "-" else file, e) from e
-    return re.sub(r"\r?\n\Z", "", text)  # it ends a line of the file, not the prompt
+    return without_final_newline(text)
+
+
+def without_final_newline(text: str) -> str:
+    """The text of a file as a prompt: one newline at its end ends a line, not the prompt."""
+    return re.sub(r"\r?\n\Z", "", text)
 
 
 def utf8_stdin() -> TextIO:

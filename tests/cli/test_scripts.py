@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4.cli.main import HARDWARE, USAGE, tell_errors
+from dsv4.cli.main import HARDWARE, INVALID, USAGE, tell_errors
 from dsv4.core.errors import RequestError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -85,6 +85,17 @@ def test_kernels_that_cannot_run_are_told_alike(name: str) -> None:
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_their_help_says_that_they_need_a_gpu(name: str) -> None:
     assert "needs a GPU" in " ".join(run_without_gpu(name, "--help").stdout.split())
+
+
+@pytest.mark.parametrize("tier", ["single_shot_baseline.py", "single_shot_production.py"])
+def test_a_wrong_folder_is_told_as_the_command_line_tells_it(tier: str) -> None:
+    run = subprocess.run(
+        [sys.executable, str(SCRIPTS / tier), "nowhere", "-n", "1"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode in (INVALID, HARDWARE)  # no GPU may be told first
+    assert run.stderr.startswith("error: ")
+    assert "Traceback" not in run.stderr
 
 
 def test_a_traceback_is_of_defects_and_of_debugging(

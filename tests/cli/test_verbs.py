@@ -546,7 +546,7 @@ def test_chat_ends_with_the_input(talk):
 
 
 def test_chat_commands(talk, tmp_path):
-    (tmp_path / "text").write_text("from a file", "utf-8")
+    (tmp_path / "text").write_text("from a file\n", "utf-8")
     path = tmp_path / "c.json"
     code, _, err = talk(
         ["/help", "/think low", "/think much", "/nonsense", "/read /absent", "/stats",
