@@ -1,16 +1,10 @@
 """What ahead-of-time compilation objects to."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-FILE = Path(__file__).resolve().parents[2] / "tools" / "aot_ptx.py"
-SPEC = importlib.util.spec_from_file_location("aot_ptx", FILE)
-assert SPEC
-assert SPEC.loader
-aot_ptx = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(aot_ptx)
+from support.tools import tool
+
+aot_ptx = tool("aot_ptx")
 
 PRODUCT = (
     "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%r1,%r2}, {%r3,%r4}, %rd1, p, 1, 1, 0;"

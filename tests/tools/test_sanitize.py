@@ -1,18 +1,16 @@
 """The sanitizer's tool: every kernel has calls that its checks let through, and logs are read."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TOOLS = str(ROOT / "tools")
+from support.tools import TOOLS, tool
+
 CLEAN = {
     "memcheck": "========= COMPUTE-SANITIZER\nran 12 calls\n========= ERROR SUMMARY: 0 errors\n",
     "racecheck": "ran 12 calls\n"
@@ -43,24 +41,13 @@ few = [name for name, tokens in seen.items() if len(tokens) < 3]
 print(json.dumps([wrong, sorted(missing), few]))
 """
 
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, f"{TOOLS}/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 report = tool("sanitize_report")
 sanitize = tool("sanitize")
 
 
 def test_every_kernel_is_called_with_what_it_takes_of_three_sizes() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = TOOLS
+    environment["PYTHONPATH"] = str(TOOLS)
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""The KV rows of a step as one page of FP8 records, one program a row. Triton, any SM.
+"""The KV rows of a step as one page of FP8 records, one program a row. Triton, SM 9 on.
 
 Attention reads the step's own tokens from it, so it has one way to read a key.
 """

@@ -1,4 +1,4 @@
-"""Sparse attention over window rings and compressed pages, reading FP8 records. Triton, any SM.
+"""Sparse attention over window rings and compressed pages, reading FP8 records. Triton, SM 9 on.
 
 The keys of a token are cut into tiles of TILE, always at the same places, and tiles into groups of
 GROUP: the rule knows only how many keys there are. Where there are few tokens a program takes one

@@ -1,4 +1,4 @@
-"""sparse_attn_decode with its result rounded to FP8 as the input of a projection. Triton, any SM.
+"""sparse_attn_decode with its result rounded to FP8 as the input of a projection. Triton, SM 9 on.
 
 The device functions are those of sparse_attn_decode. A scale belongs to 128 dims of one head, so it
 is found where these are finished, in the combination as in the kernel of all tiles, and what is

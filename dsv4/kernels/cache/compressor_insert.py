@@ -1,4 +1,4 @@
-"""Compressed entries: pool, norm, RoPE, quantise and write. Triton, any SM.
+"""Compressed entries: pool, norm, RoPE, quantise and write. Triton, SM 9 on.
 
 Only tokens that complete a window have work; finding them takes no list, whose length the host
 would have to know before a graph is replayed. A window of 128 rows is half a megabyte, more than

@@ -1,4 +1,4 @@
-"""Compressor rows of new tokens into the state ring, one program a token. Triton, any SM."""
+"""Compressor rows of new tokens into the state ring, one program a token. Triton, SM 9 on."""
 
 import torch
 import triton

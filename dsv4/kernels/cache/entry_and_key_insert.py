@@ -1,4 +1,4 @@
-"""Compressed entries and index keys of a CSA layer in one launch. Triton, any SM.
+"""Compressed entries and index keys of a CSA layer in one launch. Triton, SM 9 on.
 
 The windows are the same tokens'. Programs of compressor_insert and of index_key_insert, side by
 side, with the bodies of both.

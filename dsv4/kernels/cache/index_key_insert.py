@@ -1,4 +1,4 @@
-"""Indexer keys: pool, norm, RoPE, Hadamard, cast and write. Triton, any SM.
+"""Indexer keys: pool, norm, RoPE, Hadamard, cast and write. Triton, SM 9 on.
 
 The work is that of compressor_insert up to the record: only tokens that complete a window do any.
 """

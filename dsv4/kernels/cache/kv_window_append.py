@@ -1,4 +1,4 @@
-"""Window KV of new tokens: cast and write into the ring, one program a token. Triton, any SM."""
+"""Window KV of new tokens: cast and write into the ring, one program a token. Triton, SM 9 on."""
 
 import torch
 import triton

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv4.core.checks import check_tensors
 from dsv4.core.kv_layout import KvRecord
-from dsv4.kernels.common.checks import check_int, check_stride
+from dsv4.kernels.common.checks import check_aligned, check_int, check_stride
 
 # Heads of a Triton program. 64 fit Hopper, but their products exceed Blackwell's tensor memory.
 MAX_BLOCK_H, MIN_BLOCK_H = 32, 16
@@ -141,15 +141,5 @@ def check_attention(
     if shape.num_entries:
         stride = record.page_bytes(entries_per_page)
         check_stride("pages", pages, stride, f"{entries_per_page} records")
-    _check_addresses(step=step, window=window, pages=pages)
+    check_aligned(VECTOR_BYTES, step=step, window=window, pages=pages)
     return shape
-
-
-def _check_addresses(**stores: Tensor) -> None:
-    # Records are read 16 bytes at a time. Fake tensors have no address.
-    for name, x in stores.items():
-        if x.numel() and x.data_ptr() % VECTOR_BYTES:
-            raise ValueError(
-                f"{name}: expected an address that is a multiple of {VECTOR_BYTES}, "
-                f"got {x.data_ptr():#x}"
-            )

@@ -31,10 +31,11 @@ def check_stride(name: str, x: Tensor, nbytes: int, what: str) -> None:
 
 
 def check_aligned(nbytes: int, **tensors: Tensor) -> None:
-    """Data at a multiple of `nbytes`, which asynchronous copies fail without."""
+    """Data at a multiple of `nbytes`, the size of a load or of an asynchronous copy."""
     for name, x in tensors.items():
-        if x.data_ptr() % nbytes:
-            raise ValueError(f"{name}: expected data aligned to {nbytes} bytes")
+        if x.numel() and x.data_ptr() % nbytes:
+            at = x.data_ptr()
+            raise ValueError(f"{name}: expected data aligned to {nbytes} bytes, got it at {at:#x}")
 
 
 def check_power_of_two(name: str, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Counting sort of (token, k) rows by expert, and the blocks of a grouped product. Triton, any SM.
+"""Counting sort of (token, k) rows by expert, and the blocks of a grouped product. Triton, SM 9 on.
 
 Launched by the op moe_align and by kernels that need the lists for themselves.
 

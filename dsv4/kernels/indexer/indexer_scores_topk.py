@@ -35,7 +35,13 @@ from dsv4.kernels.common.bits import (
     round_to,
     widen,
 )
-from dsv4.kernels.common.checks import check_angles, check_float, check_int, check_stride
+from dsv4.kernels.common.checks import (
+    check_aligned,
+    check_angles,
+    check_float,
+    check_int,
+    check_stride,
+)
 from dsv4.kernels.common.launch import EXACT, INTERPRETED
 from dsv4.kernels.common.pdl import PDL, let_next_start, wait_for_previous
 from dsv4.kernels.common.vectors import hadamard, rope
@@ -465,8 +471,7 @@ def _check(
         check_int(name, value)
     stride = IndexRecord(128, keys).page_bytes(entries_per_page)
     check_stride("pages", pages, stride, f"{entries_per_page} keys in {keys}")
-    if pages.data_ptr() % 4:
-        raise ValueError("pages: expected an address divisible by 4, the scales are words")
+    check_aligned(4, pages=pages)  # the scales are words
     return sizes["T"], sizes["I"], 128
 
 

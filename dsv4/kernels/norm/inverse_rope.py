@@ -1,4 +1,4 @@
-"""Inverse RoPE of the attention output in place: only the rotated dims move. Triton, any SM."""
+"""Inverse RoPE of the attention output in place: only the rotated dims move. Triton, SM 9 on."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Norm of the query heads, then RoPE: one token and a few heads a program. Triton, any SM.
+"""Norm of the query heads, then RoPE: one token and a few heads a program. Triton, SM 9 on.
 
 The rotated dims are read once more, from L1, as a tile of their own: so pairs are split in 64 of
 512 dims only.

@@ -1,4 +1,4 @@
-"""Experts from the token's id, weights from its logits: reads K logits a token. Triton, any SM."""
+"""Experts from the token's id, weights from its logits: reads K logits a token. Triton, SM 9 on."""
 
 import torch
 import triton

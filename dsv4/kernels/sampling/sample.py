@@ -1,4 +1,4 @@
-"""Sampling without a sort: two launches, or four where a request may have filters. Triton, any SM.
+"""Sampling without a sort: two launches, or four where a request may have filters. Triton, SM 9 on.
 
 A row is cut into tiles, and what is added up does not depend on which program adds it:
 
