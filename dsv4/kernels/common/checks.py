@@ -34,8 +34,8 @@ def check_aligned(nbytes: int, **tensors: Tensor) -> None:
     """Data at a multiple of `nbytes`, the size of a load or of an asynchronous copy."""
     for name, x in tensors.items():
         if x.numel() and x.data_ptr() % nbytes:
-            at = x.data_ptr()
-            raise ValueError(f"{name}: expected data aligned to {nbytes} bytes, got it at {at:#x}")
+            expected = f"an address that is a multiple of {nbytes}"
+            raise ValueError(f"{name}: expected {expected}, got {x.data_ptr():#x}")
 
 
 def check_power_of_two(name: str, size: int) -> None:
