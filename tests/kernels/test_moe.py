@@ -197,7 +197,7 @@ def test_weights_that_are_not_aligned_are_refused_by_name() -> None:
     args = random_case(2, "nano").args()
     room = torch.empty(args["w3"].numel() + 1, dtype=torch.uint8, device="cuda")
     w3 = room[1:].view(args["w3"].shape).copy_(args["w3"])
-    with pytest.raises(ValueError, match="w3: expected an address that is a multiple of 16, got 0x"):
+    with pytest.raises(ValueError, match="w3: expected an address that is a multiple of 16"):
         ops.moe_routed(**args | {"w3": w3})
 
 
