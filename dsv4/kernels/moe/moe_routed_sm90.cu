@@ -10,7 +10,8 @@
 // times 2^-126, subnormals included, so one multiplication by 2^62 * scale gives the weight times
 // 2^-64 exactly. The sums are multiplied by 2^64 at the end.
 //
-// Units of work are 16 weight rows a warp of one expert, first all of gate and up, then of down.
+// Units of work are 16 weight rows a warp of one expert and up to TOKENS tokens of it, first all of
+// gate and up, then of down: an expert that many tokens chose is many units, dealt to all blocks.
 // A warp copies what it will decode itself through a ring in shared memory (cp.async, U tiles of
 // each stream at a time), so no barrier of the block stands between memory and the matrix units, and
 // the copies run ahead over the ends of units and from gate and up into down. A unit of the second
@@ -56,10 +57,10 @@ struct Smem {
     int id[MAX_PAIRS];       // expert of a pair, or -1
     float routing[MAX_PAIRS];
     int list[MAX_PAIRS];     // pairs by expert, ascending inside one
-    int hit[MAX_PAIRS];      // experts hit, ascending
-    int start[MAX_PAIRS + 1];  // of their lists
-    int count[E];
-    int num_hit;
+    int expert[MAX_PAIRS];   // of a tile: up to TOKENS pairs of one expert, in the order of the list
+    int start[MAX_PAIRS + 1];  // of the tiles
+    int count[E], first[E];
+    int tiles;
     bool is_last;
 };
 
@@ -201,7 +202,7 @@ struct OneToken {
     }
 };
 
-// Which experts are hit, and by which pairs: a lane a pair, in registers.
+// Which experts are hit, and by which pairs, in tiles: a lane a pair, in registers.
 __device__ void make_short_lists(Smem& s, const Params& p, int pairs) {
     const int i = threadIdx.x;
     if (i < 32) {
@@ -211,22 +212,22 @@ __device__ void make_short_lists(Smem& s, const Params& p, int pairs) {
             e = e >= 0 && e < E ? e : -1;
             s.id[i] = e, s.routing[i] = p.routing[i];
         }
-        int place = 0, hit = 0;
-        bool is_first = e >= 0;
+        int place = 0, rank = 0, tile = 0;
 #pragma unroll
         for (int j = 0; j < MAX_PAIRS && j < 32; j++) {
             const int other = __shfl_sync(~0u, e, j);
             const bool is_before = other == e && j < i;
             place += other >= 0 && (other < e || is_before);
-            is_first = is_first && !is_before;
+            rank += is_before;
         }
+        const bool is_first = e >= 0 && rank % TOKENS == 0;
         const u32 firsts = __ballot_sync(~0u, is_first), live = __ballot_sync(~0u, e >= 0);
 #pragma unroll
         for (int j = 0; j < MAX_PAIRS && j < 32; j++)
-            hit += __shfl_sync(~0u, e, j) < e && (firsts >> j & 1);
+            tile += __shfl_sync(~0u, place, j) < place && (firsts >> j & 1);
         if (e >= 0) s.list[place] = i;
-        if (is_first) s.hit[hit] = e, s.start[hit] = place;
-        if (i == 0) s.num_hit = __popc(firsts), s.start[__popc(firsts)] = __popc(live);
+        if (is_first) s.expert[tile] = e, s.start[tile] = place;
+        if (i == 0) s.tiles = __popc(firsts), s.start[__popc(firsts)] = __popc(live);
     }
     __syncthreads();
 }
@@ -245,30 +246,29 @@ __device__ void make_lists(Smem& s, const Params& p, int pairs) {
         if (s.id[i] >= 0) atomicAdd(&s.count[s.id[i]], 1);
     __syncthreads();
     if (tid < 32) {
-        int hits = 0, total = 0;
+        int tiles = 0, total = 0;
         for (int base = 0; base < E; base += 32) {
-            int e = base + tid, c = e < E ? s.count[e] : 0, sum = c;
-            u32 ballot = __ballot_sync(~0u, c > 0);
+            const int e = base + tid, c = e < E ? s.count[e] : 0, own = (c + TOKENS - 1) / TOKENS;
+            int sum = c, before = own;
             for (int d = 1; d < 32; d *= 2) {
-                int other = __shfl_up_sync(~0u, sum, d);
-                if (tid >= d) sum += other;
+                const int other = __shfl_up_sync(~0u, sum, d), some = __shfl_up_sync(~0u, before, d);
+                if (tid >= d) sum += other, before += some;
             }
-            if (c > 0) {
-                int at = hits + __popc(ballot & ((1u << tid) - 1));
-                s.hit[at] = e, s.start[at] = total + sum - c;
-            }
-            if (e < E) s.count[e] = total + sum - c;  // from here on where its list begins
-            hits += __popc(ballot);
+            if (e < E) s.count[e] = total + sum - c, s.first[e] = tiles + before - own;
+            tiles += __shfl_sync(~0u, before, 31);
             total += __shfl_sync(~0u, sum, 31);
         }
-        if (tid == 0) s.num_hit = hits, s.start[hits] = total;
+        if (tid == 0) s.tiles = tiles, s.start[tiles] = total;
     }
     __syncthreads();
-    for (int i = tid; i < pairs; i += THREADS) {
-        if (s.id[i] < 0) continue;
+    for (int i = tid; i < pairs; i += THREADS) {  // count: where the expert's list begins
+        const int e = s.id[i];
+        if (e < 0) continue;
         int rank = 0;
-        for (int j = 0; j < i; j++) rank += s.id[j] == s.id[i];
-        s.list[s.count[s.id[i]] + rank] = i;
+        for (int j = 0; j < i; j++) rank += s.id[j] == e;
+        const int place = s.count[e] + rank, tile = s.first[e] + rank / TOKENS;
+        s.list[place] = i;
+        if (rank % TOKENS == 0) s.expert[tile] = e, s.start[tile] = place;
     }
     __syncthreads();
 }
@@ -290,29 +290,28 @@ __device__ __forceinline__ int first_unit(int units, int b) { return (u64)units 
 struct Producer {
     const u8 *wa, *wb;  // what the lane copies and decodes next of the first and second eight rows
     const u8* scales;   // what it copies next of either's, if it is one of 16 * U lanes
-    int is_down, unit, end, passes, steps;
+    int is_down, unit, end, steps;
 };
 
 __device__ __forceinline__ void seek(Producer& c, const Params& p, const Smem& s) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int per_expert = c.is_down ? DOWN_UNITS : UP_UNITS, K = c.is_down ? F : D;
-    const int h = c.unit / per_expert, block = c.unit % per_expert;
+    const int tile = c.unit / per_expert, block = c.unit % per_expert;
     const int row = c.is_down ? block * ROWS + warp * 16 : block * HIDDEN_ROWS + warp * 8;
-    const u64 a = (u64)s.hit[h] * (c.is_down ? D : F) + row, b = c.is_down ? a + 8 : a;
+    const u64 a = (u64)s.expert[tile] * (c.is_down ? D : F) + row, b = c.is_down ? a + 8 : a;
     const bool is_first = lane < 8 * U;
     c.steps = K / (128 * U);
     c.wa = (c.is_down ? p.w2 : p.w1) + a * (K / 2) + lane * 16;
     c.wb = (c.is_down ? p.w2 : p.w3) + b * (K / 2) + lane * 16;
     c.scales = (c.is_down ? p.s2 : is_first ? p.s1 : p.s3) + (is_first ? a : b) * (K / GROUP) +
                lane % (8 * U) * SCALE_BYTES;
-    if (c.passes == 0) c.passes = (s.start[h + 1] - s.start[h] + TOKENS - 1) / TOKENS;
 }
 
 // On to the down units once the others are all asked for. Nothing is left if unit == end.
 __device__ __forceinline__ void begin(Producer& c, const Params& p, const Smem& s, int is_down) {
-    const int units = s.num_hit * (is_down ? DOWN_UNITS : UP_UNITS);
+    const int units = s.tiles * (is_down ? DOWN_UNITS : UP_UNITS);
     c.is_down = is_down, c.unit = first_unit(units, blockIdx.x);
-    c.end = first_unit(units, blockIdx.x + 1), c.passes = 0;
+    c.end = first_unit(units, blockIdx.x + 1);
     if (c.unit < c.end) seek(c, p, s);
 }
 
@@ -328,7 +327,7 @@ __device__ __forceinline__ void issue(Producer& c, const Params& p, const Smem& 
             copy_async<SCALE_BYTES>(reinterpret_cast<u8*>(stage.scales) + lane * SCALE_BYTES, c.scales);
         c.wa += 512 * U, c.wb += 512 * U, c.scales += 8 * U * SCALE_BYTES;
         if (--c.steps == 0) {
-            c.unit += --c.passes == 0;
+            c.unit++;
             if (c.unit < c.end) seek(c, p, s);
             else if (!c.is_down) begin(c, p, s, 1);
         }
@@ -368,9 +367,9 @@ __device__ void combine_all(const Params& p, const Smem& s) {
     const int groups = (p.T + AT_ONCE - 1) / AT_ONCE;
     for (int piece = blockIdx.x; piece < DOWN_UNITS * groups; piece += gridDim.x) {
         const int block = piece / groups, token = piece % groups * AT_ONCE + threadIdx.x / ROWS;
-        if (s.num_hit) {
+        if (s.tiles) {
             if (threadIdx.x == 0)
-                while (load_acquire(p.counters + 1 + MAX_PAIRS + block) < s.num_hit) __nanosleep(20);
+                while (load_acquire(p.counters + 1 + MAX_PAIRS + block) < s.tiles) __nanosleep(20);
             __syncthreads();
         }
         if (token < p.T) combine(p, s, token, block * ROWS + threadIdx.x % ROWS);
@@ -379,8 +378,9 @@ __device__ void combine_all(const Params& p, const Smem& s) {
 
 // Hidden rows of a unit: gate in sum[0..1], up in sum[2..3], of tokens 2t and 2t + 1.
 __device__ __forceinline__ void store_hidden(
-    const Params& p, const Smem& s, const float (&sum)[4], int h, int begin, int count, int row) {
-    const int t = threadIdx.x % 4, expert = s.hit[h];
+    const Params& p, const Smem& s, const float (&sum)[4], int expert, int begin, int count,
+    int row) {
+    const int t = threadIdx.x % 4;
     const float ga = p.g1 ? p.g1[expert] : 1.0f, gb = p.g3 ? p.g3[expert] : 1.0f;
 #pragma unroll
     for (int c = 0; c < 2; c++) {
@@ -395,9 +395,10 @@ __device__ __forceinline__ void store_hidden(
 
 // Rows `row` and `row + 8` of down.
 __device__ __forceinline__ void store_partial(
-    const Params& p, const Smem& s, const float (&sum)[4], int h, int begin, int count, int row) {
+    const Params& p, const Smem& s, const float (&sum)[4], int expert, int begin, int count,
+    int row) {
     const int t = threadIdx.x % 4;
-    const float scale = p.g2 ? p.g2[s.hit[h]] : 1.0f;
+    const float scale = p.g2 ? p.g2[expert] : 1.0f;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
         const int token = 2 * t + c % 2;
@@ -420,40 +421,38 @@ __device__ __forceinline__ void run_units(
     const int K = is_down ? F : D, per_expert = is_down ? DOWN_UNITS : UP_UNITS;
     const int steps = K / (128 * U);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
-    const int units = s.num_hit * per_expert, end = first_unit(units, blockIdx.x + 1);
+    const int units = s.tiles * per_expert, end = first_unit(units, blockIdx.x + 1);
     int staged = -1;
 #pragma unroll 1
     for (int unit = first_unit(units, blockIdx.x); unit < end; unit++) {
-        const int h = unit / per_expert, block = unit % per_expert, stop = s.start[h + 1];
-#pragma unroll 1
-        for (int begin = s.start[h]; begin < stop; begin += TOKENS) {
-            const int count = min(TOKENS, stop - begin);
-            if ((staged != h && (is_down || TOKENS > 1)) || stop - s.start[h] > TOKENS) {
-                if (is_down && threadIdx.x == 0)
-                    while (load_acquire(p.counters + 1 + h) < UP_UNITS) __nanosleep(20);
-                __syncthreads();
-                stage(xs, is_down ? p.hidden : p.x, s.list + begin, count, is_down ? 1 : K_EXPERTS, K);
-                __syncthreads();
-                staged = h;
-            }
-            float acc[2][4] = {};
-#pragma unroll 1
-            for (int step = 0; step < steps; step++) {
-                asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-                __syncwarp();  // lanes copy scales for each other, and into what others have read
-                multiply(acc, ring[slot], xs + step * U * 16 * TOKENS, g % TOKENS, lane);
-                issue(c, p, s, ring[slot == 0 ? STAGES - 1 : slot - 1]);
-                slot = slot == STAGES - 1 ? 0 : slot + 1;
-            }
-            float sum[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) sum[i] = (acc[0][i] + acc[1][i]) * 1.8446744073709552e19f;
-            if (is_down)
-                store_partial(p, s, sum, h, begin, count, block * ROWS + warp * 16 + g);
-            else
-                store_hidden(p, s, sum, h, begin, count, block * HIDDEN_ROWS + warp * 8 + g);
+        const int tile = unit / per_expert, block = unit % per_expert;
+        const int begin = s.start[tile], count = s.start[tile + 1] - begin;
+        if (staged != tile && (is_down || TOKENS > 1)) {
+            if (is_down && threadIdx.x == 0)
+                while (load_acquire(p.counters + 1 + tile) < UP_UNITS) __nanosleep(20);
+            __syncthreads();
+            stage(xs, is_down ? p.hidden : p.x, s.list + begin, count, is_down ? 1 : K_EXPERTS, K);
+            __syncthreads();
+            staged = tile;
         }
-        finish(p.counters + 1 + (is_down ? MAX_PAIRS + block : h));
+        float acc[2][4] = {};
+#pragma unroll 1
+        for (int step = 0; step < steps; step++) {
+            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+            __syncwarp();  // lanes copy scales for each other, and into what others have read
+            multiply(acc, ring[slot], xs + step * U * 16 * TOKENS, g % TOKENS, lane);
+            issue(c, p, s, ring[slot == 0 ? STAGES - 1 : slot - 1]);
+            slot = slot == STAGES - 1 ? 0 : slot + 1;
+        }
+        float sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[i] = (acc[0][i] + acc[1][i]) * 1.8446744073709552e19f;
+        const int expert = s.expert[tile];
+        if (is_down)
+            store_partial(p, s, sum, expert, begin, count, block * ROWS + warp * 16 + g);
+        else
+            store_hidden(p, s, sum, expert, begin, count, block * HIDDEN_ROWS + warp * 8 + g);
+        finish(p.counters + 1 + (is_down ? MAX_PAIRS + block : tile));
     }
 }
 
@@ -474,7 +473,7 @@ moe_routed_kernel(
     if (TOKENS == 1) token.load(p.x);
     if (MAX_PAIRS <= 32) make_short_lists(s, p, T * K_EXPERTS);
     else make_lists(s, p, T * K_EXPERTS);
-    if (s.num_hit == 0) return combine_all(p, s);  // the shared expert alone
+    if (s.tiles == 0) return combine_all(p, s);  // the shared expert alone
     Producer c;
     begin(c, p, s, 0);
     if (c.unit == c.end) begin(c, p, s, 1);
