@@ -362,10 +362,7 @@ __device__ __forceinline__ void consume(
         for (int c = 0; c < 4; c++) {
             values(fresh, weights, keys + half + c * BLOCK_BYTES);
             matrix_wait<0>();
-            if (c == 3) {
-                __syncwarp();  // all lanes have read the tile's bias, one says so
-                if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage);
-            }
+            if (c == 3) barrier_arrive(empty + 8 * stage);  // every thread: each has read the bias
             merge(state.acc[c], fresh, alpha, beta, is_rescaled);
         }
     }
@@ -533,7 +530,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 256);
-            barrier_init(empty + 8 * s, 8);
+            barrier_init(empty + 8 * s, 256);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
