@@ -45,8 +45,11 @@ def decode_row(
 def prefill_row(args: Namespace, model: ProductionModel, context: int) -> tuple[Row, StepTime]:
     """A prompt of `context` tokens in one step."""
     from dsv4.engine.bench import time_prefill
+    from dsv4.engine.stepper import Stepper
 
-    times = time_prefill(model, context, _trace(args))
+    stepper = Stepper(model, [1])
+    stepper.capture()
+    times = time_prefill(stepper, context, _trace(args))
     shape = {**_shape(args, model), "T": context}
     row = _row("prefill", shape, times.us, 1e6 * context / times.us, model)
     return row | {"launches": times.launches, "experts_hit": round(times.experts_hit, 1)}, times

@@ -95,15 +95,19 @@ def time_decode(
         step.abort()
 
 
-def time_prefill(model: ProductionModel, num_tokens: int, trace: Path | None = None) -> StepTime:
+def time_prefill(stepper: Stepper, num_tokens: int, trace: Path | None = None) -> StepTime:
     """A prompt of `num_tokens` in one step, logits of the last token included."""
+    model = stepper.model
     request = model.cache.admit()
-    step: Step = model.prepare([(request, num_tokens)])
-    ids = torch.randint(0, model.config.vocab_size, (num_tokens,), device=model.device)
+    num_rows = stepper.padded_prompt(num_tokens) or num_tokens
+    step: Step = model.prepare([(request, num_tokens)], num_rows)
+    ids = torch.full((num_rows,), -1, device=model.device)
+    ids[:num_tokens].random_(model.config.vocab_size)
 
     @torch.inference_mode()
     def run() -> None:
-        model.trunk.logits(model.streams(step, ids, is_prefill=True)[-1:])
+        streams = stepper.prompt_streams(step, ids)
+        model.trunk.logits(streams[num_tokens - 1 : num_tokens])
 
     try:
         return _measure(run, trace)

@@ -19,7 +19,6 @@ from dsv4.cache.request import Step
 from dsv4.core.errors import RequestError
 from dsv4.engine.model import MAX_DECODE_ROWS, ProductionModel
 from dsv4.engine.stepper import DECODE_SIZES, Stepper, to_device
-from dsv4.layers.batch import Batch
 
 
 class DraftingStepper(Stepper):
@@ -45,9 +44,11 @@ class DraftingStepper(Stepper):
         self.draft = torch.zeros_like(self.table.token)  # after the last token, by slot
 
     def _draft_prompts(
-        self, batch: Batch, streams: Tensor, following: Sequence[int], at: Tensor, chosen: Tensor
-    ) -> None:
+        self, step: Step, ids: Tensor, streams: Tensor, following: Sequence[int], at: Tensor,
+        chosen: Tensor,
+    ) -> None:  # fmt: skip
         """Rows of prompts into the MTP window; a draft where the prompt has ended."""
+        batch = self.model.batch(step, ids, is_prefill=True)
         next_ids = to_device(following, streams.device)
         next_ids[at] = chosen
         drafted = self.mtp.streams(streams, next_ids, batch, self.window)

@@ -41,9 +41,9 @@ class Engine:
     ) -> None:  # fmt: skip
         self.model, self.stop_ids = model, stop_ids
         self.stepper = Stepper(model) if stepper is None else stepper
+        self.stepper.capture()
         if model.device.type == "cuda":
             self.stepper.warm_up()
-        self.stepper.capture()
         self._waiting: deque[EngineRequest] = deque()
         self._running: list[EngineRequest] = []
         self._in_flight: deque[Launch] = deque()  # oldest first; two while a step is queued
@@ -139,7 +139,8 @@ class Engine:
                 room -= n
         if not batch:
             return False
-        step = self.model.prepare(_spans(batch))
+        num_rows = self.stepper.padded_prompt(sum(n for _, n in batch))
+        step = self.model.prepare(_spans(batch), num_rows)
         ids, following, last, done = [], [], [], []
         for request, n in batch:
             held = _cached(request).length

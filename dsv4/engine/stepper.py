@@ -1,4 +1,4 @@
-"""Steps on the device: forward, the choice of the next tokens, one CUDA graph for each batch size.
+"""Steps on the device: forward, the choice of the next tokens, one CUDA graph for each size.
 
 The last token of a request stays on the device, in the row of its slot, so that the next step is
 queued before the host has seen it.
@@ -6,7 +6,8 @@ queued before the host has seen it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,10 +19,12 @@ from dsv4.core.sampling import SamplingParams
 from dsv4.engine.graphs import record
 from dsv4.engine.model import ProductionModel
 from dsv4.engine.warm_up import prompts, size_classes
-from dsv4.layers.batch import Batch
 from dsv4.ops.sampling import sample
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
+# Rows of prompts. The host needs some 3 ms to start the kernels of a layer, whatever the rows: from
+# about a thousand on the device needs longer.
+PROMPT_SIZES = (16, 64, 128, 256, 512, 1024)
 MAX_TEMPERATURE, MAX_TOP_K = 1e38, (1 << 31) - 1  # what the table's columns hold
 
 
@@ -77,26 +80,36 @@ class Stepper:
     """Runs prepared steps of a model: one row of a decode step for each request.
 
     sizes       batch sizes of decode steps; a smaller batch is padded
-    use_graphs  capture decode steps (CUDA); else they run eagerly
+    use_graphs  capture steps (CUDA); else they run eagerly
+    prompt_sizes  rows of steps of prompts; a smaller one is padded, a larger one runs eagerly, as
+                all do without graphs
     """
 
     rows_each = 1  # rows of a decode step that a request has
 
     def __init__(
         self, model: ProductionModel, sizes: Sequence[int] = DECODE_SIZES,
-        use_graphs: bool | None = None,
+        use_graphs: bool | None = None, prompt_sizes: Sequence[int] = PROMPT_SIZES,
     ) -> None:  # fmt: skip
         self.model = model
-        most = model.limits.max_requests
+        most, most_rows = model.limits.max_requests, model.limits.max_rows
         self.sizes = sorted({min(size, most) for size in sizes} | {most})
         self.use_graphs = model.device.type == "cuda" if use_graphs is None else use_graphs
         self.table = SlotTable(most, model.device)
+        self.prompt_sizes = sorted({min(size, most_rows) for size in prompt_sizes})
+        self.prompt_sizes = self.prompt_sizes if self.use_graphs else []
+        self._fed = torch.full((max([0, *self.prompt_sizes]),), -1, device=model.device)
         self._graphs: dict[tuple[int, bool], Callable[[], Tensor]] = {}
+        self._prompts: dict[int, Callable[[], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
 
     def padded(self, count: int) -> int:
         """The size of the decode step that serves `count` requests."""
         return next(size for size in self.sizes if size >= count)
+
+    def padded_prompt(self, count: int) -> int | None:
+        """The rows of the step that feeds `count` ids of prompts; None for no padding."""
+        return next((size for size in self.prompt_sizes if size >= count), None)
 
     @torch.inference_mode()
     def prefill(
@@ -106,9 +119,9 @@ class Stepper:
 
         following  the id after each row, of which those after `last` are not known: any number
         """
-        device = self.model.device
-        batch = self.model.batch(step, to_device(ids, device), is_prefill=True)
-        streams = self.model.trunk.streams(batch, self.model.storage)
+        device, padding = self.model.device, [-1] * (len(step.rows.slot) - len(ids))
+        fed = to_device([*ids, *padding], device)
+        streams = self.prompt_streams(step, fed)
         at = to_device(last, device)
         slots = step.rows.slot[at]
         chosen = at
@@ -117,12 +130,25 @@ class Stepper:
             position = step.rows.position[at] + 1
             chosen = self.table.draw(logits, slots, position, is_filtered=True)
             self.table.token[slots] = chosen
-        self._draft_prompts(batch, streams, following, at, chosen)
+        self._draft_prompts(step, fed, streams, [*following, *padding], at, chosen)
         return _to_host(chosen)
 
+    @torch.inference_mode()
+    def prompt_streams(self, step: Step, ids: Tensor) -> Tensor:
+        """ids [T] of all rows of a step, -1 for padding -> streams [T, N, D]
+
+        The next step overwrites them.
+        """
+        run = self._prompts.get(len(ids))
+        if run is None:
+            return self.model.streams(step, ids, is_prefill=True)
+        self._fed[: len(ids)] = ids
+        return run()
+
     def _draft_prompts(
-        self, batch: Batch, streams: Tensor, following: Sequence[int], at: Tensor, chosen: Tensor
-    ) -> None:
+        self, step: Step, ids: Tensor, streams: Tensor, following: Sequence[int], at: Tensor,
+        chosen: Tensor,
+    ) -> None:  # fmt: skip
         """Nothing: see DraftingStepper."""
 
     @torch.inference_mode()
@@ -156,31 +182,46 @@ class Stepper:
         live = slot >= 0
         return live, torch.where(live, slot, len(self.table.token) - 1)
 
-    def warm_up(self) -> None:
-        """Run prompts of all kinds of sizes: afterwards no kernel of a prompt is compiled."""
-        most = self.model.limits.max_requests
-        sizes = {*size_classes(self.model.limits.max_rows), *size_classes(most)}
-        for num_rows in sorted(sizes, reverse=True):  # the largest first, as in `capture`
-            with prompts(self.model, num_rows) as step:
-                if step is not None:
-                    ids, count = [0] * num_rows, num_rows if num_rows <= most else 1
-                    self.prefill(step, ids, ids, range(count))
-
     @torch.inference_mode()
     def capture(self) -> None:
-        """Compile and record every decode step; afterwards none compiles or allocates.
+        """Compile and record every step that is padded; afterwards none compiles or allocates.
 
         The rows are padding meanwhile: what a step reads of a request lies on the device and is
         looked up when the graph runs.
         """
         if not self.use_graphs:
             return
-        for size in reversed(self.sizes):  # the largest first: later graphs fit in its memory
+        device = self.model.device
+        for size in reversed(self.prompt_sizes):  # the largest first: others fit in its memory
+            with self._only_padding(size) as step:
+                work = partial(self.model.streams, step, self._fed[:size], is_prefill=True)
+                self._prompts[size] = record(work, device, self._pool)
+        for size in reversed(self.sizes):
             for is_filtered in (False, True):
-                step = self.model.prepare([], num_rows=size * self.rows_each)
-                work = partial(self._decode, step, is_filtered)
-                self._graphs[size, is_filtered] = record(work, self.model.device, self._pool)
-                step.commit()
+                with self._only_padding(size * self.rows_each) as step:
+                    work = partial(self._decode, step, is_filtered)
+                    self._graphs[size, is_filtered] = record(work, device, self._pool)
+
+    @contextmanager
+    def _only_padding(self, num_rows: int) -> Iterator[Step]:
+        step = self.model.prepare([], num_rows)
+        try:
+            yield step
+        finally:
+            step.abort()
+
+    def warm_up(self) -> None:
+        """After `capture`: run prompts of all kinds of sizes, so that what is eager is compiled."""
+        most = self.model.limits.max_requests
+        eager = {n for n in size_classes(self.model.limits.max_rows) if not self.padded_prompt(n)}
+        for num_rows in sorted({*eager, *size_classes(most)}, reverse=True):
+            with prompts(self.model, num_rows, self.padded_prompt(num_rows)) as step:
+                if step is not None:
+                    ids, count = [0] * num_rows, num_rows if num_rows <= most else 1
+                    self.prefill(step, ids, ids, range(count))
+        for size in self.prompt_sizes:  # also those that the cache has no room for
+            with self._only_padding(size) as step:
+                self.prefill(step, [], [], [])
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:

@@ -30,15 +30,20 @@ def size_classes(most: int) -> list[int]:
 
 
 @contextmanager
-def prompts(model: ProductionModel, num_rows: int) -> Iterator[Step | None]:
-    """A step of `num_rows` rows that is undone afterwards; None where they do not fit."""
+def prompts(
+    model: ProductionModel, num_rows: int, padded: int | None = None
+) -> Iterator[Step | None]:
+    """A step of `num_rows` rows that is undone afterwards; None where they do not fit.
+
+    padded  rows of the step, padding included; None for no padding
+    """
     requests: list[CachedRequest] = []
     try:
         spans = _spans(model, num_rows, requests)
         if sum(n for _, n in spans) < num_rows or not model.cache.demand(spans).fits:
             yield None
             return
-        step = model.prepare(spans)
+        step = model.prepare(spans, padded)
         try:
             yield step
         finally:

@@ -67,6 +67,33 @@ def test_graphs_equal_eager_steps() -> None:
     assert graphs == answers(Engine(eager, Stepper(eager, use_graphs=False)), work)
 
 
+def test_recorded_prompts_leave_the_bits_of_eager_ones() -> None:
+    """In the streams and in the whole cache, chunk after chunk of two requests."""
+    recorded, eager = model(), model()
+    stepper = Stepper(recorded)
+    stepper.capture()
+    ids = torch.randint(0, 4096, (600,), device="cuda", generator=torch.Generator("cuda"))
+    requests = [[m.cache.admit() for _ in range(2)] for m in (recorded, eager)]
+    for counts in ((1, 1), (4, 12), (16, 1), (30, 34), (100, 29), (129, 200), (300, 200)):
+        n = sum(counts)
+        padded = stepper.padded_prompt(n)
+        found = []
+        for m, own, rows in ((recorded, requests[0], padded), (eager, requests[1], None)):
+            step = m.prepare(list(zip(own, counts, strict=True)), rows)
+            with torch.inference_mode():
+                if rows is None:
+                    found.append(m.streams(step, ids[:n], is_prefill=True))
+                else:
+                    fed = torch.full((rows,), -1, device="cuda")
+                    fed[:n] = ids[:n]
+                    found.append(stepper.prompt_streams(step, fed)[:n])
+            step.commit()
+        assert torch.equal(*found), counts
+        assert torch.equal(recorded.storage.states, eager.storage.states), counts
+        assert torch.equal(recorded.storage.pages, eager.storage.pages), counts
+    assert stepper.prompt_sizes == [16, 64, 128, 256, 512]
+
+
 def test_graphs_of_every_size_equal_eager_steps() -> None:
     """100 requests of different lengths and up to 200 tokens: batches of 64 down to 1."""
     rng, used = random.Random(1), set()
@@ -175,9 +202,10 @@ def test_logits_of_a_row_do_not_depend_on_its_chunk() -> None:
         assert torch.equal(whole, parts), chunks
 
 
-def test_a_prefill_step_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_prefill_step_does_not_wait_for_the_device(is_recorded: bool) -> None:
     stepper = Engine(model()).stepper
-    with prompts(stepper.model, 100) as step:
+    with prompts(stepper.model, 100, stepper.padded_prompt(100) if is_recorded else None) as step:
         assert step is not None
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from dsv4.engine.model import EngineLimits
 from dsv4.engine.single import SingleSequence
 from support.oracle_ops import use_oracles
 from support.production import production, random_ids, random_weights, served_config
+from support.recorder import Recorder
 
 CONFIG = served_config(num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=1)
 WEIGHTS = random_weights(CONFIG)
@@ -24,26 +23,8 @@ PROMPTS = [random_ids(CONFIG, n, seed=n) for n in (122, 1, 5)]
 STEPS = 8  # past 128 tokens, where an entry of HCA is completed
 
 
-class Recorder:
-    """Stands for `record`: a replay reads the tensors that the work read, and writes one result."""
-
-    def __init__(self) -> None:
-        self.num_replays, self.broken = 0, False
-
-    def __call__(self, work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-        result = work().clone()
-
-        def replay() -> Tensor:
-            if self.broken:
-                raise RuntimeError("the device is lost")
-            self.num_replays += 1
-            return result.copy_(work())
-
-        return replay
-
-
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     use_oracles(monkeypatch)
     found = Recorder()
     monkeypatch.setattr(module, "record", found)

@@ -1,0 +1,94 @@
+"""Steps of prompts that are recorded: padded, replayed, and the same as eager ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4.cache.request import Step
+from dsv4.core.sampling import SamplingParams
+from dsv4.engine import stepper as module
+from dsv4.engine.engine import Engine
+from dsv4.engine.model import EngineLimits, ProductionModel
+from dsv4.engine.stepper import Stepper
+from support.oracle_ops import use_oracles
+from support.production import production, random_ids, random_weights, served_config
+from support.recorder import Recorder
+
+CONFIG = served_config(num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=1)
+WEIGHTS = random_weights(CONFIG)
+PROMPTS = [random_ids(CONFIG, n, seed=n).tolist() for n in (1, 7, 8, 9, 32, 33, 60, 130)]
+GREEDY = SamplingParams(temperature=0, max_tokens=5)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    use_oracles(monkeypatch)
+    found = Recorder()
+    monkeypatch.setattr(module, "record", found)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    # A graph reads the buffers on the device, whichever step they are of by now.
+    monkeypatch.setattr(Step, "rows", property(lambda step: step._rows))
+    return found
+
+
+def model() -> ProductionModel:
+    limits = EngineLimits(max_context=256, max_requests=4, max_rows=64)
+    return production(CONFIG, WEIGHTS, limits=limits)
+
+
+def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    requests = [engine.add(prompt, GREEDY) for prompt in prompts]
+    while engine.has_work:
+        engine.step()
+        engine.model.cache.check()
+    return [r.tokens for r in requests]
+
+
+def test_recorded_prompts_get_the_tokens_of_eager_ones(recorder: Recorder) -> None:
+    own, eager = model(), Engine(model())
+    stepper = Stepper(own, use_graphs=True, prompt_sizes=(8, 32))
+    engine, prefill = Engine(own, stepper), stepper.prefill
+    steps: set[tuple[int, int]] = set()  # rows, replays
+
+    def watched(step: Step, *rest: Any) -> Any:
+        before = recorder.num_replays
+        try:
+            return prefill(step, *rest)
+        finally:
+            steps.add((len(step.rows.slot), recorder.num_replays - before))
+
+    stepper.prefill = watched
+    assert answers(engine, PROMPTS) == answers(eager, PROMPTS)
+    for prompt in PROMPTS:
+        assert answers(engine, [prompt]) == answers(eager, [prompt])
+    # Padded and replayed up to 32 rows; a larger step has the rows it needs and is eager.
+    assert {step for step in steps if step[1]} == {(8, 1), (32, 1)}
+    assert (64, 0) in steps
+    assert all(rows > 32 for rows, replays in steps if not replays)
+
+
+def test_recording_touches_no_request(recorder: Recorder) -> None:
+    own = model()
+    engine = Engine(own, Stepper(own, use_graphs=True, prompt_sizes=(8, 32)))
+    request = engine.add(PROMPTS[-1], GREEDY)
+    for _ in range(5):
+        engine.step()
+    before = [x.clone() for x in (own.storage.states, own.storage.pages)]
+    engine.stepper.capture()
+    for old, new in zip(before, (own.storage.states, own.storage.pages), strict=True):
+        assert torch.equal(old, new)
+    engine.stepper.warm_up()  # with the slots and pages that are free
+    while engine.has_work:
+        engine.step()
+    assert [request.tokens] == answers(Engine(model()), PROMPTS[-1:])
+
+
+def test_sizes_beyond_the_rows_of_a_step_are_cut(recorder: Recorder) -> None:
+    own = model()
+    stepper = Stepper(own, use_graphs=True)
+    assert stepper.prompt_sizes == [16, 64]
+    assert [stepper.padded_prompt(n) for n in (1, 16, 17, 64, 65)] == [16, 16, 64, 64, None]
+    assert Stepper(own, use_graphs=False).padded_prompt(1) is None
