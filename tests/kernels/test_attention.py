@@ -289,6 +289,23 @@ def test_division_by_multiplication() -> None:
         assert torch.equal((n * (magic % 2**32)) >> 32 if magic else n, want)
 
 
+@pytest.mark.parametrize(
+    ("programs", "tiles", "want"),
+    [
+        (1, 10, (1, 10, 4)), (2, 10, (1, 10, 4)), (3, 10, (1, 10, 2)), (8, 10, (1, 10, 1)),
+        (9, 10, None), (1, 2, (1, 2, 4)), (16, 2, (1, 2, 4)), (17, 2, (1, 2, 2)),
+        (1, 16, (1, 16, 4)), (1, 17, (2, 9, 4)), (2, 32, (2, 16, 4)), (3, 18, None),
+    ],
+)  # fmt: skip
+def test_clusters_that_fit(
+    programs: int, tiles: int, want: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device of 8 parts of 16 SMs, none of which holds half a cluster."""
+    monkeypatch.setattr(decode_sm90, "SPLITS", (4, 2, 1))
+    resident = {2: 66, 9: 8, 10: 8, 16: 8}.__getitem__
+    assert decode_sm90.plan_clusters(programs, tiles, resident) == want
+
+
 # Any shape
 
 HEADS = (1, 8, 13, 16)

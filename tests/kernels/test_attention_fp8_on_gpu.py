@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.attention import sparse_attn_decode as decode_kernel
+from dsv4.kernels.attention import sparse_attn_decode_sm90 as decode_sm90
 from dsv4.kernels.linear import linear_fp8_w8a8, linear_fp8_w8a8_sm90
 from dsv4.ops import attention as ops
 from dsv4.ops import linear as linear_ops
@@ -63,6 +64,17 @@ def test_real_sizes(H: int, kind: str, variant: str, monkeypatch: pytest.MonkeyP
     for other in got[1:]:
         for a, b in zip(got[0], other, strict=True):
             assert_bits_equal("programs", b, a)
+
+
+@pytest.mark.parametrize("splits", [(), (4,), (2,), (1,)])
+@pytest.mark.parametrize("H", [8, 64, 96])
+def test_few_tokens(H: int, splits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters, whose warps find the scales, and two kernels."""
+    monkeypatch.setattr(decode_sm90, "SPLITS", splits)
+    for kind in ATTENTION_KINDS.values():
+        for requests in (((3000, 1),), ((3000, 1), (0, 1), (127, 1))):
+            args = AttentionCase(requests, H, 512, 128, padding=1, **kind).args("cuda")
+            assert_rounds("sparse_attn_decode", args)
 
 
 @pytest.mark.parametrize("few", [0, 32])

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dsv4.core.kv_layout import KvRecord
 from dsv4.kernels.attention import sparse_attn_decode as decode_kernel
+from dsv4.kernels.attention import sparse_attn_decode_sm90 as decode_sm90
+from dsv4.kernels.common.attention_checks import attention_shape
 from dsv4.ops import attention as ops
 from dsv4.reference import paged_attention as oracle
 from dsv4.testing.cases.attention import AttentionCase, random_pages
@@ -108,6 +110,105 @@ def test_runs_repeat_bit_for_bit(variant: str) -> None:
     first = ops.sparse_attn_prefill(**args)
     for _ in range(5):
         assert_bits_equal("again", ops.sparse_attn_prefill(**args), first)
+
+
+# Clusters of blocks, which combine their parts themselves
+
+is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def with_splits(args: dict[str, Any], splits: tuple[int, ...]) -> Tensor:
+    """The result if these splits may be chosen; outputs and parts start as NaN."""
+    out = decode_sm90.outputs(**args)
+    for x in out:
+        x.fill_(float("nan"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_sm90, "SPLITS", splits)
+        shape = attention_shape(
+            *(args[k] for k in ("q", "page_table", "entries", "rope_dim", "entries_per_page"))
+        )
+        tiles, _ = decode_kernel.tiles_of(shape, args["rows"])
+        takes_clusters = decode_sm90.clusters(shape, tiles, args["q"].device) is not None
+        decode_sm90.launch(**args, out=out)
+    assert out[1].numel() > 0
+    assert out[1].isnan().all() == takes_clusters, "the other way was taken"
+    if len(splits) == 1 and len(args["q"]) * args["q"].shape[1] <= 64:
+        assert takes_clusters == (tiles <= 16 or (tiles <= 32 and splits == (4,)))
+    return out[0]
+
+
+def listed_tiles(tiles: int, requests: int, H: int, padding: int = 0) -> dict[str, Any]:
+    """Requests of full lists and of shorter ones; windows have 2 tiles."""
+    lengths = [(tiles * TILE * 2 // (1 + i % 3), 1) for i in range(requests)]
+    topk = max(0, tiles - 2) * TILE
+    case = AttentionCase(lengths, H, 512, 128, 1, 64, topk, padding, seed=tiles)
+    return case.args("cuda")
+
+
+@pytest.mark.skipif(not is_hopper, reason="clusters are of the kernel for Hopper")
+@pytest.mark.parametrize("tiles", [*range(2, 20), 25, 31, 32, 33])
+@pytest.mark.parametrize("H", [8, 64])
+def test_clusters_give_the_bits_of_two_kernels(tiles: int, H: int) -> None:
+    args = listed_tiles(tiles, 1, H)
+    want = with_splits(args, ())
+    for split in (4, 2, 1):
+        assert_bits_equal(f"{split}", with_splits(args, (split,)), want)
+    if tiles <= decode_kernel.GROUP:
+        assert_bits_equal("prefill", ops.sparse_attn_prefill(**args), want)
+
+
+@pytest.mark.skipif(not is_hopper, reason="clusters are of the kernel for Hopper")
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("H", [8, 33, 64, 96, 128])
+@pytest.mark.parametrize("kind", [*ATTENTION_KINDS, "short lists"])
+def test_clusters_of_any_step(T: int, H: int, kind: str) -> None:
+    """Lists of all lengths, tokens without keys, padding: blocks without a tile take part."""
+    if kind == "short lists":
+        args = listed_tiles(10, T, H, padding=1)
+    else:
+        requests = ((3000, 1), (0, 1), (127, 1), (700, 1), (2047, 1), (64, 2))[:T]
+        args = AttentionCase(requests, H, 512, 128, padding=1, **ATTENTION_KINDS[kind]).args("cuda")
+    args["position"][-2] = -1 if T > 2 else args["position"][-2]
+    want = with_splits(args, ())
+    for splits in ((4,), (2,), (1,), (4, 2, 1)):
+        for _ in range(3):
+            assert_bits_equal(f"{splits}", with_splits(args, splits), want)
+
+
+@pytest.mark.skipif(not is_hopper, reason="clusters are of the kernel for Hopper")
+def test_one_token_is_a_matter_of_clusters() -> None:
+    """What is measured: the list of 512 and the window in 4 clusters of 10 blocks."""
+    args = listed_tiles(10, 1, 64)
+    shape = attention_shape(args["q"], args["page_table"], args["entries"], 64, 64)
+    assert decode_sm90.clusters(shape, 10, args["q"].device) == (1, 10, 4)
+    first = with_splits(args, (4, 2, 1))
+    for _ in range(10):
+        assert_bits_equal("again", with_splits(args, (4, 2, 1)), first)
+
+
+@pytest.mark.skipif(not is_hopper, reason="clusters are of the kernel for Hopper")
+@pytest.mark.parametrize("split", [4, 2, 1])
+def test_nan_passes_through_clusters(split: int) -> None:
+    args = listed_tiles(10, 1, 64)
+    args["step"][576] = 0xFF  # the scale of the token's own first group
+    got = with_splits(args, (split,))
+    assert got.isnan().all()
+    assert_bits_equal("two kernels", got, with_splits(args, ()))
+
+
+@pytest.mark.skipif(not is_hopper, reason="turns are of the kernel for Hopper")
+@pytest.mark.parametrize("H", [16, 64, 128])
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_turns_do_not_change_bits(H: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = AttentionCase([(3000, 40), (100, 30), (0, 5)], H, 512, 128, **ATTENTION_KINDS[kind])
+    args, want = case.args("cuda"), {}
+    for ordered, lean in ((False, False), (False, True), (True, False), (True, True)):
+        monkeypatch.setattr(decode_sm90, "ORDERED", ordered)
+        monkeypatch.setattr(decode_sm90, "LEAN", lean)
+        for name in OPS:
+            for _ in range(3):
+                got = getattr(ops, name)(**args)
+                assert_bits_equal(f"{name} {ordered} {lean}", got, want.setdefault(name, got))
 
 
 @pytest.mark.parametrize("H", [16, 64])

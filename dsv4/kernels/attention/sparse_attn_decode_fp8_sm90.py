@@ -21,7 +21,7 @@ sparse_attn_decode_fp8_kernel = decode.source(is_fp8=True)
 
 def sources() -> list[tuple[Source, str]]:
     """What is compiled ahead of time, and instructions that it must hold."""
-    return [(sparse_attn_decode_fp8_kernel, "HGMMA"), (sparse_attn_decode_fp8_kernel, "E4M3")]
+    return [*decode.sources(is_fp8=True), (sparse_attn_decode_fp8_kernel, "E4M3")]
 
 
 def launch(

@@ -5,7 +5,11 @@
 // read records and write them as BF16 into one of two buffers, swizzled in 128-byte rows so that the
 // same bytes serve as keys (dims contiguous) and as values (transposed by the descriptor).
 
-// FP8  whether the result is E4M3 with a scale for 128 dims, not BF16
+// FP8      whether the result is E4M3 with a scale for 128 dims, not BF16
+// ORDERED  whether the consumers take turns in scoring, so that one multiplies while one exponentiates
+// LEAN     descriptors by one addition
+// SPLIT    0: programs give results, or parts for a combination elsewhere. 1, 2, 4: the tiles of a
+//          token are in the blocks of a cluster, which combine them; each block has 512 / SPLIT value dims
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -16,9 +20,15 @@ constexpr int TILE = 64, HEADS = 64, C = 512, DATA = 576, SCALES = 8, GROUPS = 7
 constexpr int BLOCK_BYTES = TILE * 128;  // 64 dims of 64 rows
 constexpr int MATRIX_BYTES = 8 * BLOCK_BYTES, STAGES = 2;
 constexpr int BIAS_AT = MATRIX_BYTES * (1 + STAGES), BARRIER_AT = BIAS_AT + STAGES * TILE * 4;
+constexpr int SHARES = SPLIT ? SPLIT : 1, PIECES = 4 / SHARES;  // of 128 value dims of a block
+constexpr int CHUNKS = PIECES;  // of 64 value dims of a warp group
+constexpr int MAX_EACH = SPLIT == 4 ? 2 : 1;  // tiles of a block of a cluster
+constexpr int SUMS_BYTES = PIECES * HEADS * 512, STATS_AT = 2 * MATRIX_BYTES, AHEAD = 16;
 constexpr float NO_KEYS = -1e30f, LOG2_E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7F800000)
 static_assert(HEADS == TILE, "queries and keys have matrices of one size");
+static_assert(!SPLIT || !ORDERED, "a block of a cluster has too few tiles for turns");
+static_assert(MAX_EACH * SUMS_BYTES <= STATS_AT, "sums lie over queries and keys of the first stage");
 
 struct Params {
     const u8 *q, *step, *window, *pages;
@@ -34,7 +44,7 @@ struct Params {
 
 struct Query {
     i64 t, slot;
-    int part, position, first_row, first_position, visible, num_entries, window_tiles, head;
+    int part, share, position, first_row, first_position, visible, num_entries, window_tiles, head;
 };
 
 // Plain loads everywhere: the kernel starts before the one in front of it has written, so nothing it
@@ -65,15 +75,38 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// Named barriers of the consumers: 1 is for all of them, 2 + w for a turn of warp group w.
+
+__device__ __forceinline__ void consumers_sync() {
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+}
+
+__device__ __forceinline__ void take_turn(int wg) {
+    asm volatile("bar.sync %0, 256;" ::"r"(2 + wg) : "memory");
+}
+
+__device__ __forceinline__ void give_turn(int wg) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(2 + wg) : "memory");
+}
+
 __device__ __forceinline__ void fence_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Matrix products: accumulators [64, 64] FP32, 32 registers a thread
 
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    // 128-byte swizzle, 1024 bytes between groups of 8 rows; one group of columns, so no other stride
-    return u64((address & 0x3FFFF) >> 4) | (u64(1) << 16) | (u64(1024 >> 4) << 32) | (u64(1) << 62);
+// 128-byte swizzle, 1024 bytes between groups of 8 rows; one group of columns, so no other stride.
+__device__ __forceinline__ u32 matrix_at(u32 address) {
+    return (address & 0x3FFFF) >> 4 | 1 << 16;
+}
+
+__device__ __forceinline__ u64 descriptor(u32 matrix, int offset) {
+#if LEAN  // one addition; addresses end far below the field's 2^18 bytes
+    return u64(matrix + (offset >> 4)) | (u64(1024 >> 4 | 1 << 30) << 32);
+#else
+    return u64(((matrix & 0x3FFF) * 16 + offset & 0x3FFFF) >> 4) | (u64(1) << 16) |
+           (u64(1024 >> 4) << 32) | (u64(1) << 62);
+#endif
 }
 
 #define ACC32 \
@@ -227,10 +260,12 @@ __device__ __forceinline__ void load_row(const Row& row, int lane, uint4 (&raw)[
     }
 }
 
+// Dims 64 first .. 64 end - 1 of a row; the last 64 are not quantised.
+template <int FIRST, int END>
 __device__ __forceinline__ void store_row(
     u8* matrix, int r, int lane, const uint4 (&raw)[9], uint2 scales) {
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++) {
+    for (int g = FIRST; g < min(END, GROUPS); g++) {
         u32 scale = scale_bits(((g < 4 ? scales.x : scales.y) >> (g % 4 * 8)) & 0xFF);
         uint2 a = dequantise(raw[g].x, scale), b = dequantise(raw[g].y, scale);
         uint2 c = dequantise(raw[g].z, scale), d = dequantise(raw[g].w, scale);
@@ -239,19 +274,20 @@ __device__ __forceinline__ void store_row(
         *reinterpret_cast<uint4*>(block + swizzled(r, 2 * lane + 1)) =
             make_uint4(c.x, c.y, d.x, d.y);
     }
+    if (END <= GROUPS) return;
     u8* block = matrix + GROUPS * BLOCK_BYTES;
     *reinterpret_cast<uint4*>(block + swizzled(r, lane)) = raw[7];
     *reinterpret_cast<uint4*>(block + swizzled(r, lane + 4)) = raw[8];
 }
 
 __device__ __forceinline__ void produce(
-    const Params& p, const Query& query, int first, int end, u8* smem, u32 full, u32 empty) {
+    const Params& p, const Query& query, int first, int end, const int (&early)[2], u8* smem,
+    u32 full, u32 empty) {
     int tid = threadIdx.x - 256, lane = tid % 4, r = tid / 4;
     float* bias = reinterpret_cast<float*>(smem + BIAS_AT);
     uint4 raw[9];
     uint2 scales;
-    int entry = checked(p, query, first, r, listed(p, query, first, r));
-    int next = listed(p, query, first + 1, r);
+    int entry = checked(p, query, first, r, early[0]), next = early[1];
     Row row = row_of(p, query, first, r, entry, page_of(p, query, entry));
     load_row(row, lane, raw, scales);
     for (int i = first; i < end; i++) {
@@ -259,8 +295,11 @@ __device__ __forceinline__ void produce(
         entry = checked(p, query, i + 1, r, next);
         int page = page_of(p, query, entry);
         next = listed(p, query, i + 2, r);
-        barrier_wait(empty + 8 * stage, (n / STAGES + 1) & 1);
-        store_row(smem + MATRIX_BYTES * (1 + stage), r, lane, raw, scales);
+        u8* keys = smem + MATRIX_BYTES * (1 + stage);
+        barrier_wait(empty + 16 * stage, (n / STAGES + 1) & 1);
+        store_row<0, 4>(keys, r, lane, raw, scales);
+        barrier_wait(empty + 16 * stage + 8, (n / STAGES + 1) & 1);
+        store_row<4, 8>(keys, r, lane, raw, scales);
         if (lane == 0) bias[stage * TILE + r] = row.live ? 0.f : -INFINITE;
         fence_async();
         barrier_arrive(full + 8 * stage);
@@ -274,7 +313,7 @@ __device__ __forceinline__ void produce(
 // The consumers. A thread has rows (heads) g and g + 8 of its warp's 16, in columns of 2.
 
 struct State {
-    float m[2], l[2], acc[4][32];
+    float m[2], l[2], acc[CHUNKS][32];
 };
 
 __device__ __forceinline__ void softmax(
@@ -318,10 +357,10 @@ __device__ __forceinline__ void softmax(
     }
 }
 
-__device__ __forceinline__ void values(float (&d)[32], const u32 (&p)[4][4], u32 block) {
+__device__ __forceinline__ void values(float (&d)[32], const u32 (&p)[4][4], u32 block, int offset) {
     matrix_fence();
 #pragma unroll
-    for (int k = 0; k < 4; k++) multiply_values(d, p[k], descriptor(block + k * 2048), k);
+    for (int k = 0; k < 4; k++) multiply_values(d, p[k], descriptor(block, offset + k * 2048), k);
     matrix_commit();
 }
 
@@ -337,34 +376,41 @@ __device__ __forceinline__ void merge(
     for (int i = 0; i < 32; i++) acc[i] = fmaf(d[i], beta[i / 2 % 2], acc[i]);
 }
 
-__device__ __forceinline__ void consume(
-    const Params& p, int num, u8* smem, u32 full, u32 empty, State& state) {
-    u32 query = shared_address(smem), half = threadIdx.x / 128 * 4 * BLOCK_BYTES;
-    const float* bias = reinterpret_cast<const float*>(smem + BIAS_AT);
-    for (int n = 0; n < num; n++) {
-        int stage = n % STAGES;
-        u32 keys = query + MATRIX_BYTES * (1 + stage);
-        float s[32], fresh[32], alpha[2], beta[2];
-        u32 weights[4][4];
-        barrier_wait(full + 8 * stage, n / STAGES & 1);
-        matrix_fence();
+// Scores and values of tile n of the block's, merged into `state`.
+__device__ __forceinline__ void attend_tile(
+    const Params& p, const Query& query, int n, bool is_last, u8* smem, u32 full, u32 empty,
+    State& state) {
+    int wg = threadIdx.x / 128, stage = n % STAGES;
+    u32 heads = matrix_at(shared_address(smem));
+    u32 keys = matrix_at(shared_address(smem) + MATRIX_BYTES * (1 + stage));
+    u32 own = keys + ((query.share * 2 + wg) * CHUNKS * BLOCK_BYTES >> 4);
+    const float* bias = reinterpret_cast<const float*>(smem + BIAS_AT) + stage * TILE;
+    float s[32], fresh[32], alpha[2], beta[2];
+    u32 weights[4][4];
+    barrier_wait(full + 8 * stage, n / STAGES & 1);
+    if (ORDERED) take_turn(wg);
+    matrix_fence();
 #pragma unroll
-        for (int k = 0; k < 32; k++) {
-            u32 at = k / 4 * BLOCK_BYTES + k % 4 * 32;
-            multiply_keys(s, descriptor(query + at), descriptor(keys + at), k);
-        }
-        matrix_commit();
+    for (int k = 0; k < 32; k++) {
+        int at = k / 4 * BLOCK_BYTES + k % 4 * 32;
+        multiply_keys(s, descriptor(heads, at), descriptor(keys, at), k);
+    }
+    matrix_commit();
+    if (ORDERED && !(wg == 1 && is_last)) give_turn(1 - wg);
+    matrix_wait<0>();
+    hold(s);
+    if (ORDERED) barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
+    softmax(s, bias, p.scale, state, weights, alpha, beta);
+    bool is_rescaled = __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        values(fresh, weights, own, c * BLOCK_BYTES);
         matrix_wait<0>();
-        hold(s);
-        softmax(s, bias + stage * TILE, p.scale, state, weights, alpha, beta);
-        bool is_rescaled = __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f);
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            values(fresh, weights, keys + half + c * BLOCK_BYTES);
-            matrix_wait<0>();
-            if (c == 3) barrier_arrive(empty + 8 * stage);  // every thread: each has read the bias
-            merge(state.acc[c], fresh, alpha, beta, is_rescaled);
+        if (c == CHUNKS - 1) {
+            barrier_arrive(empty + 16 * stage + 8 * wg);
+            if (!ORDERED) barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
         }
+        merge(state.acc[c], fresh, alpha, beta, is_rescaled);
     }
 }
 
@@ -374,8 +420,8 @@ __device__ __forceinline__ int head_of(const Query& query, int k) {  // of row k
     return query.head + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * k;
 }
 
-__device__ __forceinline__ float inverse_sum(const Params& p, const State& state, int h, int k) {
-    float total = state.l[k] + exp2f(p.sink[h] * LOG2_E - state.m[k]);
+__device__ __forceinline__ float inverse_sum(float sink, float m, float l) {
+    float total = l + exp2f(sink * LOG2_E - m);
     return __fdiv_rn(1.f, total == 0.f ? 1.f : total);
 }
 
@@ -400,7 +446,7 @@ __device__ __forceinline__ void store_bf16(const Params& p, const Query& query, 
     for (int k = 0; k < 2; k++) {
         int h = head_of(query, k);
         if (h >= p.H) continue;
-        float inverse = inverse_sum(p, state, h, k);
+        float inverse = inverse_sum(p.sink[h], state.m[k], state.l[k]);
         u8* out = p.out + ((query.t * p.H + h) * C + wg * 256) * 2;
 #pragma unroll
         for (int c = 0; c < 4; c++) {
@@ -419,6 +465,22 @@ __device__ __forceinline__ u32 scale_byte(u32 amax) {
     return min((bits >> 23) + ((bits & 0x7FFFFF) != 0), 255u);
 }
 
+__device__ __forceinline__ float inverse_of(u32 scale_byte) {
+    return __uint_as_float(scale_byte == 255 ? 0x7FC00000u : (254 - scale_byte) << 23);
+}
+
+__device__ __forceinline__ u32 magnitude(u32 pair) {  // bits of the larger one of two BF16
+    return max((pair & 0x7FFF) << 16, pair & 0x7FFF0000);
+}
+
+__device__ __forceinline__ unsigned short pack_fp8(u32 pair, float factor) {
+    unsigned short codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+        : "=h"(codes)
+        : "f"(high_half(pair) * factor), "f"(low_half(pair) * factor));
+    return codes;
+}
+
 // What store_bf16 would write, rounded again. The four threads of a row share its maxima, and a warp
 // exchanges them as a whole: heads beyond the last take part, and only write nothing.
 __device__ __forceinline__ void store_fp8(const Params& p, const Query& query, const State& state) {
@@ -427,7 +489,7 @@ __device__ __forceinline__ void store_fp8(const Params& p, const Query& query, c
     for (int k = 0; k < 2; k++) {
         int h = head_of(query, k);
         bool live = h < p.H;
-        float inverse = inverse_sum(p, state, live ? h : 0, k);
+        float inverse = inverse_sum(p.sink[live ? h : 0], state.m[k], state.l[k]);
         i64 row = query.t * p.H + h;
 #pragma unroll
         for (int group = 0; group < 2; group++) {
@@ -435,19 +497,16 @@ __device__ __forceinline__ void store_fp8(const Params& p, const Query& query, c
 #pragma unroll
             for (int i = 0; i < 16; i++) {
                 pairs[i] = finished(p, query, state, 2 * group + i / 8, i % 8, k, inverse);
-                amax = max(amax, max((pairs[i] & 0x7FFF) << 16, pairs[i] & 0x7FFF0000));
+                amax = max(amax, magnitude(pairs[i]));
             }
             amax = max(amax, __shfl_xor_sync(~0u, amax, 1));
             amax = max(amax, __shfl_xor_sync(~0u, amax, 2));
             u32 byte = scale_byte(amax);
-            float factor = __uint_as_float(byte == 255 ? 0x7FC00000u : (254 - byte) << 23);
+            float factor = inverse_of(byte);
             u8* out = p.out + row * C + wg * 256 + group * 128 + column;
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                unsigned short codes;
-                asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-                    : "=h"(codes)
-                    : "f"(high_half(pairs[i]) * factor), "f"(low_half(pairs[i]) * factor));
+                unsigned short codes = pack_fp8(pairs[i], factor);
                 if (live) *reinterpret_cast<unsigned short*>(out + i * 8) = codes;
             }
             if (live && column == 0) p.out_scale[row * (C / 128) + wg * 2 + group] = byte;
@@ -479,6 +538,164 @@ __device__ __forceinline__ void store_part(const Params& p, const Query& query, 
     }
 }
 
+// A cluster: each block leaves the sums of its tiles in its own shared memory, and then finishes some
+// heads from those of all blocks, in the order of tiles and with the numbers of
+// sparse_attn_combine_kernel.
+
+__device__ __forceinline__ u32 remote(u32 address, u32 rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ float2 remote_load2(u32 address) {
+    float2 x;
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ float4 remote_load4(u32 address) {
+    float4 x;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void cluster_sync() {  // writes before it are seen behind it
+    asm volatile(
+        "barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// 16 bytes, 4 dims, of the sums: rows of 128 dims of a head. Four heads that a half warp writes, or
+// one that a warp reads, are in different banks.
+__device__ __forceinline__ int sums_at(int slot, int piece, int h, int chunk) {
+    return slot * SUMS_BYTES + (piece * HEADS + h) * 512 + ((chunk ^ (h & 3) << 1) << 4);
+}
+
+__device__ __forceinline__ void leave_part(u8* smem, const State& state, int slot) {
+    int wg = threadIdx.x / 128, quad = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        int h = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * k;
+        if (wg == 0 && quad == 0)
+            reinterpret_cast<float2*>(smem + STATS_AT)[slot * HEADS + h] =
+                make_float2(state.m[k], state.l[k]);
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                int dim = (wg * CHUNKS + c) * 64 + 8 * j + 2 * quad;
+                u8* at = smem + sums_at(slot, dim / 128, h, dim % 128 / 4) + dim % 4 * 4;
+                *reinterpret_cast<float2*>(at) = make_float2(
+                    state.acc[c][4 * j + 2 * k], state.acc[c][4 * j + 2 * k + 1]);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void add_part(
+    float& m, float& l, float (&acc)[4], float top, float total, float4 sums) {
+    float reference = fmaxf(m, top);
+    float alpha = power_of_two(m - reference), beta = power_of_two(top - reference);
+    m = reference;
+    l = fmaf(total, beta, l * alpha);
+    acc[0] = fmaf(sums.x, beta, acc[0] * alpha);
+    acc[1] = fmaf(sums.y, beta, acc[1] * alpha);
+    acc[2] = fmaf(sums.z, beta, acc[2] * alpha);
+    acc[3] = fmaf(sums.w, beta, acc[3] * alpha);
+}
+
+struct Ending {  // what a lane needs besides the sums
+    float sink, cos[2], sin[2];
+    bool is_rotated;
+};
+
+__device__ __forceinline__ Ending load_ending(
+    const Params& p, const Query& query, int h, int piece) {
+    int lane = threadIdx.x % 32;
+    i64 pair = query.t * 32 + lane % 16 * 2;
+    Ending e = {p.sink[h], {1.f, 1.f}, {0.f, 0.f}, piece == 3 && p.is_rotated};
+    if (e.is_rotated && lane >= 16) {
+        e.cos[0] = p.cos[pair], e.cos[1] = p.cos[pair + 1];
+        e.sin[0] = p.sin[pair], e.sin[1] = p.sin[pair + 1];
+    }
+    return e;
+}
+
+// A lane's 4 of 128 dims of head h, divided, rotated back and stored.
+__device__ __forceinline__ void store_four(
+    const Params& p, const Query& query, const Ending& ending, float m, float l,
+    const float (&acc)[4], int h, int piece) {
+    int lane = threadIdx.x % 32;
+    float inverse = inverse_sum(ending.sink, m, l), x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = acc[i] * inverse;
+    if (ending.is_rotated) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float a = x[2 * i], b = x[2 * i + 1];
+            x[2 * i] = fmaf(a, ending.cos[i], __fmul_rn(b, ending.sin[i]));
+            x[2 * i + 1] = fmaf(b, ending.cos[i], -__fmul_rn(a, ending.sin[i]));
+        }
+    }
+    u32 low = pack_bf16(x[0], x[1]), high = pack_bf16(x[2], x[3]);
+    i64 row = query.t * p.H + h;
+    if (!FP8) {
+        *reinterpret_cast<uint2*>(p.out + (row * C + piece * 128 + lane * 4) * 2) =
+            make_uint2(low, high);
+        return;
+    }
+    u32 byte = scale_byte(__reduce_max_sync(~0u, max(magnitude(low), magnitude(high))));
+    float factor = inverse_of(byte);
+    *reinterpret_cast<u32*>(p.out + row * C + piece * 128 + lane * 4) =
+        pack_fp8(low, factor) | static_cast<u32>(pack_fp8(high, factor)) << 16;
+    if (lane == 0) p.out_scale[row * (C / 128) + piece] = byte;
+}
+
+// A warp takes 128 dims of a head at a time; `written` tiles have parts.
+__device__ __forceinline__ void finish_share(
+    const Params& p, const Query& query, u8* smem, int written) {
+    int lane = threadIdx.x % 32, each = p.tiles_each, heads = min(HEADS, p.H - query.head);
+    u32 base = shared_address(smem);
+    for (int unit = query.part + p.parts * (threadIdx.x / 32); unit < heads * PIECES;
+         unit += p.parts * 8) {
+        int h = unit / PIECES, piece = unit % PIECES;
+        int head = query.head + h, whole_piece = query.share * PIECES + piece;
+        Ending ending = load_ending(p, query, head, whole_piece);
+        float2 own = make_float2(NO_KEYS, 0.f);
+        if (lane < written) {
+            int slot = each == 2 ? lane & 1 : 0, rank = each == 2 ? lane >> 1 : lane;
+            own = remote_load2(remote(base + STATS_AT + (slot * HEADS + h) * 8, rank));
+        }
+        float m = NO_KEYS, l = 0.f, acc[4] = {};
+        for (int start = 0; start < written; start += AHEAD) {
+            float4 sums[AHEAD];  // loads under way at once
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                int part = start + i;
+                int slot = each == 2 ? part & 1 : 0, rank = each == 2 ? part >> 1 : part;
+                if (part < written)
+                    sums[i] = remote_load4(remote(base + sums_at(slot, piece, h, lane), rank));
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                float top = __shfl_sync(~0u, own.x, (start + i) & 31);
+                float total = __shfl_sync(~0u, own.y, (start + i) & 31);
+                if (start + i < written) add_part(m, l, acc, top, total, sums[i]);
+            }
+        }
+        // The group joins a whole that is still empty.
+        float whole_m = NO_KEYS, whole_l = 0.f, whole[4] = {};
+        add_part(whole_m, whole_l, whole, m, l, make_float4(acc[0], acc[1], acc[2], acc[3]));
+        store_four(p, query, ending, whole_m, whole_l, whole, head, whole_piece);
+    }
+}
+
 // All copies under way at once; heads beyond the last are zeros.
 __device__ __forceinline__ void load_query(const Params& p, const Query& query, u8* smem) {
 #pragma unroll
@@ -507,44 +724,81 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         q, step, window, pages, table, entries, slot, position, first_row, first_position, sink,
         cos, sin, out, out_scale, sums, stats, scale, T, H, K, max_pages, tiles_each, parts,
         rows, page_rows, ratio, entry_words, page_magic, is_rotated};
-    // The next kernel may start to wait; what the one before wrote may be read.
-    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    // Until it waits for what the kernel before writes, it only reads weights.
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    u32 full = shared_address(smem) + BARRIER_AT, empty = full + 8 * STAGES;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(full + 8 * s, 256);
+            barrier_init(empty + 16 * s, 256);
+            barrier_init(empty + 16 * s + 8, 256);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (threadIdx.x * 32 < H) asm volatile("prefetch.global.L2 [%0];" ::"l"(sink + threadIdx.x * 32));
+    __syncthreads();
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     Query query;
     int head_blocks = (H + HEADS - 1) / HEADS;
-    query.head = blockIdx.x % head_blocks * HEADS;
-    query.t = blockIdx.x / head_blocks / parts;
-    query.part = blockIdx.x / head_blocks % parts;
+    if (SPLIT) {  // blocks of a cluster are neighbours
+        query.part = blockIdx.x % parts;
+        query.share = blockIdx.x / parts % SHARES;
+        query.head = blockIdx.x / parts / SHARES % head_blocks * HEADS;
+        query.t = blockIdx.x / parts / SHARES / head_blocks;
+    } else {
+        query.head = blockIdx.x % head_blocks * HEADS;
+        query.t = blockIdx.x / head_blocks / parts;
+        query.part = blockIdx.x / head_blocks % parts;
+        query.share = 0;
+    }
+    query.window_tiles = (rows + TILE - 1) / TILE;
+    int first = query.part * tiles_each, listed_row = threadIdx.x % 256 / 4;
+    // Asked for first: what is known of the query only says whether it counts.
+    int early[2] = {
+        listed(p, query, first, listed_row), listed(p, query, first + 1, listed_row)};
     query.slot = slot[query.t];
     query.position = static_cast<int>(position[query.t]);
     query.first_row = static_cast<int>(first_row[query.t]);
     query.first_position = static_cast<int>(first_position[query.t]);
     query.visible = (query.position + 1) / ratio;
     query.num_entries = entry_words ? K : min(query.visible, K);
-    query.window_tiles = (rows + TILE - 1) / TILE;
     int num_tiles = query.window_tiles + (query.num_entries + TILE - 1) / TILE;
     if (query.slot < 0) num_tiles = 0;
-    int first = query.part * tiles_each, end = min(first + min(tiles_each, num_tiles), num_tiles);
-    if (parts > 1 && first >= num_tiles) return;
+    int end = min(first + min(tiles_each, num_tiles), num_tiles);
+    if (!SPLIT && parts > 1 && first >= num_tiles) return;
 
-    u32 full = shared_address(smem) + BARRIER_AT, empty = full + 8 * STAGES;
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            barrier_init(full + 8 * s, 256);
-            barrier_init(empty + 8 * s, 256);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-        if (first < end) produce(p, query, first, end, smem, full, empty);
+        if (first < end) produce(p, query, first, end, early, smem, full, empty);
+        if (SPLIT) {
+            cluster_sync();
+            cluster_sync();
+        }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
         load_query(p, query, smem);
         fence_async();
-        asm volatile("bar.sync 1, 256;" ::: "memory");  // the consumers alone
+        consumers_sync();
+#if SPLIT
+        State states[MAX_EACH];
+#pragma unroll
+        for (int i = 0; i < MAX_EACH; i++) {
+            states[i] = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
+            if (first + i < end)
+                attend_tile(p, query, i, first + i + 1 == end, smem, full, empty, states[i]);
+        }
+        consumers_sync();  // products of both warp groups are done with what the sums overwrite
+#pragma unroll
+        for (int i = 0; i < MAX_EACH; i++)
+            if (first + i < end) leave_part(smem, states[i], i);
+        cluster_sync();
+        finish_share(p, query, smem, num_tiles);
+        cluster_sync();  // none leaves before all have read
+#else
         State state = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
-        consume(p, end - first, smem, full, empty, state);
+        if (ORDERED && threadIdx.x / 128 == 1 && first < end) give_turn(0);
+        for (int i = first; i < end; i++)
+            attend_tile(p, query, i - first, i + 1 == end, smem, full, empty, state);
         if (parts > 1) {
             store_part(p, query, state);
         } else if (FP8) {
@@ -552,5 +806,6 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         } else {
             store_bf16(p, query, state);
         }
+#endif
     }
 }

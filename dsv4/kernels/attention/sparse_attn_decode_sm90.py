@@ -4,14 +4,18 @@ One program holds the sums of 64 heads in the registers of two warp groups while
 next records into BF16, so loads and casts run beside the matrix products. Fewer heads are padded:
 the keys cost the same, and on an H200 this took 50 us for 64 heads and 128 requests where the
 Triton kernel took 87 us for 8 or 16 heads without padding. Tiles, groups, merges and the
-combination are those of sparse_attn_decode.py.
+combination are those of sparse_attn_decode.py. Where few tokens have few tiles, the programs of a
+token are clusters, each for some of the value dims, and combine their parts through shared memory
+without a second kernel; by the same arithmetic, so the bits tell nothing of it.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dsv4.core.dispatch import KernelSpec
@@ -21,23 +25,29 @@ from dsv4.kernels.common.attention_checks import LOG2_E, Output, Shape, check_at
 from dsv4.kernels.common.cuda import Source, load, why_not
 
 __all__ = ["REFERENCE", "outputs"]
-CONFIG = {"threads": 512, "shared_bytes": 3 * 65536 + 2 * 64 * 4 + 32 + 1024}
+CONFIG = {"threads": 512, "shared_bytes": 3 * 65536 + 2 * 64 * 4 + 48 + 1024}
 HEADS, DIMS = 64, 512
+SPLITS: tuple[int, ...] = ()  # of 4, 2, 1: clusters that may share the value dims of a token
+MAX_CLUSTER, MAX_EACH = 16, 2  # blocks of a cluster; tiles of a block, where 4 share the dims
+ORDERED = False  # whether warp groups take turns in scoring
+LEAN = True  # whether matrices are addressed by one addition
 
 
 @cache
-def source(is_fp8: bool) -> Source:
-    """The device function for a result in BF16 or in FP8."""
+def source(is_fp8: bool, split: int = 0, ordered: bool = True, lean: bool = True) -> Source:
+    """The device function for a result in BF16 or in FP8; split: clusters that share the dims."""
     path = Path(__file__).with_suffix(".cu")
-    return Source.of(path, "sparse_attn_sm90_kernel", {"FP8": int(is_fp8)})
+    defines = {"FP8": is_fp8, "SPLIT": split, "ORDERED": ordered and not split, "LEAN": lean}
+    return Source.of(path, "sparse_attn_sm90_kernel", {k: int(v) for k, v in defines.items()})
 
 
 sparse_attn_decode_kernel = source(False)
 
 
-def sources() -> list[tuple[Source, str]]:
+def sources(is_fp8: bool = False) -> list[tuple[Source, str]]:
     """What is compiled ahead of time, and an instruction that it must hold."""
-    return [(sparse_attn_decode_kernel, "HGMMA")]
+    clusters = [(source(is_fp8, split), "UCGABAR_ARV") for split in (4, 2, 1)]
+    return [(source(is_fp8), "HGMMA"), *clusters]
 
 
 def fits(shape: Shape) -> bool:
@@ -71,9 +81,37 @@ def attend(args: tuple, out: Output, sums: Tensor, stats: Tensor) -> None:
         return
     tiles, each = portable.tiles_of(shape, args[14])
     parts = -(-tiles // each)
+    if parts > 1 and each == 1 and (plan := clusters(shape, tiles, args[0].device)):
+        run(shape, args, out, sums, stats, *plan)
+        return
     run(shape, args, out, sums, stats, each, parts)
     if parts > 1:
         portable.combine(shape, args, out, sums, stats, each, parts)
+
+
+def clusters(shape: Shape, tiles: int, device: torch.device) -> tuple[int, int, int] | None:
+    """How clusters attend to `tiles` tiles of each token, or None if too few fit at once."""
+    if not SPLITS or tiles > MAX_CLUSTER * MAX_EACH:
+        return None
+    kernel = load(source(False, 4), device, CONFIG["shared_bytes"])
+    resident = partial(kernel.resident_clusters, CONFIG["threads"])
+    return plan_clusters(shape.T * -(-shape.H // HEADS), tiles, resident)
+
+
+def plan_clusters(
+    programs: int, tiles: int, resident: Callable[[int], int]
+) -> tuple[int, int, int] | None:
+    """Tiles of a block, blocks of a cluster, clusters that share the dims of 64 heads of a token.
+
+    programs  64 heads of a token each
+    resident  how many clusters of a size run at once; if not all do, two kernels are faster
+    """
+    each = -(-tiles // MAX_CLUSTER)
+    blocks = -(-tiles // each)
+    for split in SPLITS:
+        if each in (1, split // 2) and programs * split <= resident(blocks):
+            return each, blocks, split
+    return None
 
 
 def magic(divisor: int) -> int:
@@ -83,9 +121,13 @@ def magic(divisor: int) -> int:
 
 
 def run(
-    shape: Shape, args: tuple, out: Output, sums: Tensor, stats: Tensor, each: int, parts: int
-) -> None:
-    """Launch the main kernel: `parts` programs of `each` tiles for 64 heads of a token."""
+    shape: Shape, args: tuple, out: Output, sums: Tensor, stats: Tensor, each: int, parts: int,
+    split: int = 0,
+) -> None:  # fmt: skip
+    """Launch the main kernel: `parts` programs of `each` tiles for 64 heads of a token.
+
+    split  if not 0, programs are clusters of `parts`, and so many of them share the value dims
+    """
     (
         q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
         sink, cos, sin, scale, rows, _, ratio, entries_per_page,
@@ -93,13 +135,14 @@ def run(
     is_rotated = cos is not None
     angles = (cos, sin) if is_rotated else (sink, sink)
     chosen = page_table if entries is None else entries
-    load(source(out.scale is not None), q.device, CONFIG["shared_bytes"]).launch(
-        shape.T * -(-shape.H // HEADS) * parts, CONFIG["threads"],
+    kernel = source(out.scale is not None, split, ORDERED, LEAN)
+    load(kernel, q.device, CONFIG["shared_bytes"]).launch(
+        shape.T * -(-shape.H // HEADS) * parts * max(split, 1), CONFIG["threads"],
         q, step, window, pages, page_table, chosen, slot, position, first_row, first_position,
         sink, *angles, *out, sums, stats, scale * LOG2_E, shape.T, shape.H, shape.num_entries,
         page_table.shape[1], each, parts, rows, entries_per_page, ratio,
         0 if entries is None else entries.element_size() // 4, magic(entries_per_page),
-        int(is_rotated), overlaps=True,
+        int(is_rotated), overlaps=True, cluster=parts if split else 1,
     )  # fmt: skip
 
 

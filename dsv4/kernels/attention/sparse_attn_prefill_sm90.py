@@ -13,13 +13,18 @@ from dsv4.kernels.attention import sparse_attn_decode_sm90 as decode
 from dsv4.kernels.attention import sparse_attn_prefill as portable
 from dsv4.kernels.attention.sparse_attn_prefill import REFERENCE, outputs
 from dsv4.kernels.common.attention_checks import Output, check_attention
-from dsv4.kernels.common.cuda import why_not
+from dsv4.kernels.common.cuda import Source, why_not
 
 __all__ = ["REFERENCE", "outputs"]
-CONFIG, sources = decode.CONFIG, decode.sources
+CONFIG = decode.CONFIG
 ALL_TILES = 1 << 30
 
 sparse_attn_prefill_kernel = decode.sparse_attn_decode_kernel
+
+
+def sources() -> list[tuple[Source, str]]:
+    """What is compiled ahead of time, and an instruction that it must hold."""
+    return [(sparse_attn_prefill_kernel, "HGMMA")]
 
 
 def launch(

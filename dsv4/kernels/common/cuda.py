@@ -90,31 +90,52 @@ class Kernel:
         name = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
         return self.num_sms * driver_call(name, self.function, threads, self.shared_bytes)
 
+    @cache  # noqa: B019
+    def resident_clusters(self, threads: int, cluster: int) -> int:
+        """Clusters of `cluster` blocks of `threads` that the whole device holds at once."""
+        config = self._config(False, cluster)
+        config.gridDimX, config.blockDimX = cluster, threads
+        return driver_call("cuOccupancyMaxActiveClusters", self.function, config)
+
     def launch(
-        self, grid: int, threads: int, *args: Tensor | int | float | None, overlaps: bool = False
-    ) -> None:
+        self, grid: int, threads: int, *args: Tensor | int | float | None, overlaps: bool = False,
+        cluster: int = 1,
+    ) -> None:  # fmt: skip
         """Start `grid` blocks on the current stream. None is a null pointer, an int an int32.
 
         overlaps  whether it may start while the kernel before it runs (griddepcontrol); it must
                   then wait for that one before it reads its results or writes anything
+        cluster   how many blocks in a row are a cluster
         """
         values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args)
         kinds = tuple(_kind(x) for x in args)
-        config = self._config(overlaps)
+        config = self._config(overlaps, cluster)
         config.gridDimX, config.blockDimX = grid, threads
         config.hStream = torch.cuda.current_stream().cuda_stream
         driver_call("cuLaunchKernelEx", config, self.function, (values, kinds), 0)
 
     @cache  # noqa: B019
-    def _config(self, overlaps: bool) -> Any:
-        config, overlap = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+    def _config(self, overlaps: bool, cluster: int) -> Any:
+        config, ids = driver.CUlaunchConfig(), driver.CUlaunchAttributeID
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.sharedMemBytes = self.shared_bytes
+        attributes = []
         if overlaps:
-            ids = driver.CUlaunchAttributeID
+            overlap = driver.CUlaunchAttribute()
             overlap.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             overlap.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [overlap], 1
+            attributes.append(overlap)
+        if cluster > 1:
+            allowed = driver.CUfunction_attribute
+            allowed = allowed.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            driver_call("cuFuncSetAttribute", self.function, allowed, 1)
+            size = driver.CUlaunchAttribute()
+            size.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dims = size.value.clusterDim
+            dims.x, dims.y, dims.z = cluster, 1, 1
+            attributes.append(size)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
 
