@@ -196,14 +196,14 @@ def outputs(
     x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input: bool
 ) -> tuple[Tensor, ...]:
     """Allocate y [T, N] BF16; what programs of one tile share, partial sums and counters; and
-    tokens with their columns in order, with their scales if they are rounded."""
+    tokens with their columns in order, in whole tiles, with their scales if they are rounded."""
     check_int("groups", groups)
     T, N, K = x.shape[0], weight.shape[0], weight.shape[1]
     y = result(x, weight, scale, groups, quantize_input)
     staged, staged_scale = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     if _is_staged(T, K):
         dtype = torch.float8_e4m3fn if quantize_input else x.dtype
-        staged = torch.empty_like(x, dtype=dtype)
+        staged = x.new_empty(-(-T // 128) * 128, x.shape[1], dtype=dtype)
         staged_scale = staged_scale.new_empty(T * groups * K // 128 if quantize_input else 0)
     if T == 0:
         none = x.new_empty(0, dtype=torch.int32)
@@ -212,9 +212,10 @@ def outputs(
     p = tile_plan(CONFIG, T, N, groups, num_chunks)
     tiles = p.grid[0] * p.grid[2]
     size = tiles * num_chunks * p.tile["BM"] * p.tile["BN"] if p.is_split else 0
-    size = max(size, num_chunks * N * min(T, 64))
+    size = max(size, num_chunks * N * min(T + 7, 64))  # in whole groups of eight tokens
     partial = x.new_empty(size, dtype=torch.float32)
-    counters = arrival_counters(x.device, tiles if p.is_split else 1)
+    # For kernels of few tokens: eight bytes for 256 rows, and four that align them.
+    counters = arrival_counters(x.device, max(tiles if p.is_split else 0, N // 128 + 1))
     return y, partial, counters, staged, staged_scale
 
 

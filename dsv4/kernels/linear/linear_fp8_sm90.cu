@@ -25,7 +25,11 @@ constexpr int THREADS = NWG * 128, UNITS = RT * KW / NWG, ACC = NTOK / 2;
 constexpr int STAGE = NWG * 8192;             // bytes of one step of all warpgroups
 constexpr int X_BLOCK = 2 * NTOK * 128;       // bytes of x for 128 columns, half used when FP8
 constexpr int BLOCKS = KW * CHUNK;            // steps of 128 columns of a block
+#ifdef SLOTS
+constexpr int X_BYTES = SLOTS * X_BLOCK;
+#else
 constexpr int X_BYTES = (WIDE ? 2 : BLOCKS) * X_BLOCK;
+#endif
 constexpr int STEPS = QUANT ? 2 : 4;          // matrix instructions for 64 columns
 constexpr int PITCH = 68;                     // floats of 64 rows in the sums of a token
 static_assert(RT * KW % NWG == 0, "whole units for every warpgroup");
@@ -218,6 +222,293 @@ __device__ __forceinline__ void store_bf16(u8* to, const float4& v) {
   *(uint2*)to = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
 }
 
+#ifdef SLOTS
+// From 17 tokens on. A block has 256 rows and one chunk of K, a tile of 64 rows for each warpgroup.
+// Weights go through private rings as above, with EARLY of their DEPTH steps asked for before the
+// kernel in front has ended. x goes through SLOTS slots of 128 columns, which all warps fill: `full`
+// and `empty` count the 16 warps, so that warpgroups may be DRIFT blocks apart, and one decodes
+// while another multiplies. Row g of a warp's 16, as the matrix unit sees them, is row
+// 4 (g / 2) + g % 2 of the weights, row g + 8 the second one after it: then a lane ends up with four
+// neighbouring rows of one token.
+//
+// PARTS > 1 blocks have the chunks of the same rows. Each leaves its sums in `partial`, waits for
+// the others and adds its share of the rows, chunk 0 first. No block waits for one that may never
+// start: after PATIENCE clocks it leaves its share to whoever comes last.
+constexpr int WARPS = THREADS / 32, DRIFT = SLOTS / 2, FIRST_ITEMS = SLOTS * X_ITEMS;
+constexpr bool REUSE = CHUNK > SLOTS;  // of slots
+static_assert(RT == 4 && KW == 1 && NWG == 4 && CLUSTER == 1 && WIDE, "one tile a warpgroup");
+static_assert(EARLY <= DEPTH && DEPTH <= CHUNK && CHUNK <= 16 && PARTS <= 48,
+              "rings, a lane for every scale, and the word of a tile");
+
+__device__ __forceinline__ void open_barrier(u32 bar, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+// Wait until phase `phase` of a barrier is over.
+__device__ __forceinline__ void await(u32 bar, int phase) {
+  u32 over = 0;
+  while (!over)
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(over) : "r"(bar), "r"(phase & 1) : "memory");
+  __syncwarp();
+}
+
+// Of an 8 x 8 matrix of BF16, a pair of columns of row lane / 4 -> of column lane / 4 a pair of rows.
+__device__ __forceinline__ u32 transpose(u32 pair) {
+  u32 turned;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+  return turned;
+}
+
+__device__ __forceinline__ void store_shared(u32 at, u32 v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ void load_shared(u32 (&v)[4], u32 at) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+
+__device__ __forceinline__ u64 add_word(u64* word, u64 v) {
+  u64 old;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(old) : "l"(word), "l"(v) : "memory");
+  return old;
+}
+
+__device__ __forceinline__ int arrived(const u64* word) {
+  u64 v;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(word) : "memory");
+  return v & 255;
+}
+
+// The word of a tile: bits 0 to 7 count the blocks whose sums are there, 8 to 15 those that look at
+// it no more, 16 + r says that block r gave up. -> the shares, a bit each, that this block adds.
+__device__ __forceinline__ u64 shares_of(u64* word, int rank) {
+  const u64 own = 1ull << rank, old = add_word(word, 1);
+  if ((old & 255) == PARTS - 1) return own | old >> 16;
+  const long long start = clock64();
+  while (arrived(word) < PARTS)
+    if (clock64() - start > PATIENCE) return (add_word(word, own << 16) & 255) < PARTS ? 0 : own;
+  return own;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
+                         const u8* __restrict__ weight, const u8* scale, u8* y, float4* partial,
+                         u64* words, int T, int N, int K, int x_stride, int group_rows) {
+  extern __shared__ __align__(1024) u8 memory[];
+  asm volatile("griddepcontrol.launch_dependents;");
+  const int tid = threadIdx.x, wg = tid / 128, lane = tid % 32, g = lane / 4, q = lane % 4;
+  const int rank = blockIdx.x % PARTS, tile = blockIdx.x / PARTS, first_row = tile * 256;
+  const int num_blocks = K / 128, block0 = rank * CHUNK, blocks = min(CHUNK, num_blocks - block0);
+  u8* xs = memory;
+  float* w_scale = (float*)(memory + X_BYTES + DEPTH * STAGE);  // [2][CHUNK]
+  const u32 ring = shared_address(memory) + X_BYTES + tid * 16;
+  const u32 full = shared_address(memory) + X_BYTES + DEPTH * STAGE + CHUNK * 8;
+  const u32 empty = full + SLOTS * 8;
+  u64* shares = (u64*)(memory + X_BYTES + DEPTH * STAGE + CHUNK * 8 + SLOTS * 16);
+
+  const u64 policy = read_once();
+  const u8* from = weight + (size_t)(first_row + tid / 32 * 16 + g / 2 * 4 + g % 2) * K +
+                   block0 * 128 + q * 16;
+  int left = blocks, slot_in = 0;
+  auto copy_step = [&]() {
+    if (left > 0) {
+      const u32 to = ring + slot_in * STAGE;
+      copy_async(to, from, policy);
+      copy_async(to + THREADS * 16, from + 64, policy);
+      copy_async(to + THREADS * 32, from + 2 * K, policy);
+      copy_async(to + THREADS * 48, from + 2 * K + 64, policy);
+      from += 128, left--;
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    slot_in = slot_in + 1 == DEPTH ? 0 : slot_in + 1;
+  };
+#pragma unroll
+  for (int i = 0; i < EARLY; i++) copy_step();
+  float own_scale = 0.0f;  // of blocks of 128 columns and rows; stored once x is on its way
+  if (tid < 2 * CHUNK && tid % CHUNK < blocks) {
+    const int at = (first_row / 128 + tid / CHUNK) * num_blocks + block0 + tid % CHUNK;
+    own_scale = E8M0 ? e8m0(scale[at]) : ((float*)scale)[at];
+  }
+  if (tid < 2 * SLOTS) open_barrier(full + tid * 8, WARPS);
+  __syncthreads();
+
+  // From here on what the kernel before this one wrote may be read. Of a block of x a lane stages
+  // eight columns of token `first` and of every 32nd one after it.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int item = tid / 32, first = item / X_SPANS * X_TOKENS + lane / X_LANES;
+  const int piece = item % X_SPANS * X_LANES + lane % X_LANES;
+  const size_t x_at = (size_t)(first_row / group_rows) * K + (size_t)first * x_stride + block0 * 128;
+  const u8* x_from = x + (x_at + piece * 8) * (QUANT == 2 ? 1 : 2);
+  auto fetch = [&](uint4* v, int b) {
+#pragma unroll
+    for (int j = 0; j < X_ITEMS; j++) {
+      v[j] = make_uint4(0, 0, 0, 0);
+      if (first + 32 * j >= T || b >= blocks) continue;
+#if QUANT == 2
+      const size_t at = (size_t)(32 * j) * x_stride + b * 128;
+      asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(v[j].x), "=r"(v[j].y) : "l"(x_from + at));
+      if (piece == 0)
+        asm volatile("ld.global.u8 %0, [%1];" : "=r"(v[j].z) : "l"(x_scales + (x_at + at) / 128));
+#else
+      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v[j].x), "=r"(v[j].y), "=r"(v[j].z), "=r"(v[j].w)
+                   : "l"(x_from + (size_t)(32 * j) * x_stride * 2 + b * 256));
+#endif
+    }
+  };
+  // 16-byte chunks of a row that differ in their last two bits differ there once swizzled.
+  const u32 x_to = shared_address(memory) + (QUANT ? 0 : piece / 8 * (X_BLOCK / 2)) +
+                   swizzled(first, (QUANT ? piece / 8 * 4 + piece % 2 * 2 : piece % 2 * 4)) +
+                   piece % 8 / 2 * 4;
+  auto place = [&](const uint4* v, int s) {
+#pragma unroll
+    for (int j = 0; j < X_ITEMS; j++) {
+      const u32 to = x_to + s * X_BLOCK + j * 32 * 128;
+#if QUANT
+#if QUANT == 2
+      const u32 low = v[j].x, high = v[j].y;
+      const float scale = e8m0(v[j].z);
+#else
+      u32 low, high;
+      const float scale = quantize(v[j], low, high);
+#endif
+      store_shared(to, low);
+      store_shared(to ^ 16, high);
+      if (piece == 0) *x_scale(xs + s * X_BLOCK + j * 32 * 128, 0, first) = scale;
+#else
+      store_shared(to, __byte_perm(v[j].x, v[j].y, 0x5410));
+      store_shared(to ^ 16, __byte_perm(v[j].x, v[j].y, 0x7632));
+      store_shared(to ^ 32, __byte_perm(v[j].z, v[j].w, 0x5410));
+      store_shared(to ^ 48, __byte_perm(v[j].z, v[j].w, 0x7632));
+#endif
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    if (lane == 0) arrive(full + s * 8);
+  };
+  {
+    uint4 v[FIRST_ITEMS];
+#pragma unroll
+    for (int s = 0; s < SLOTS; s++) fetch(v + s * X_ITEMS, s);
+    __syncwarp();  // keeps the compiler from asking for weights first
+#pragma unroll
+    for (int i = EARLY; i < DEPTH; i++) copy_step();
+    if (tid < 2 * CHUNK) w_scale[tid] = own_scale;
+#pragma unroll
+    for (int s = 0; s < SLOTS; s++) place(v + s * X_ITEMS, s);
+  }
+  uint4 next[X_ITEMS];
+  if (REUSE) fetch(next, SLOTS);
+
+  float total[ACC] = {};
+  int slot = 0;
+  for (int b = 0; b < blocks; b++) {
+    u8* block = xs + b % SLOTS * X_BLOCK;
+    await(full + b % SLOTS * 8, b / SLOTS);
+    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+    const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(block) >> 4;
+    float part[ACC];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      u32 top[4], low[4];  // 16 columns of both rows; the second half while the first is multiplied
+      load_shared(top, ring + slot * STAGE + half * THREADS * 16);
+      load_shared(low, ring + slot * STAGE + (half + 2) * THREADS * 16);
+      u32 a[STEPS][4];
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) {
+#if QUANT
+        a[j][0] = top[2 * j], a[j][1] = low[2 * j];
+        a[j][2] = top[2 * j + 1], a[j][3] = low[2 * j + 1];
+#else
+        decode(top[j], a[j][0], a[j][2]);
+        decode(low[j], a[j][1], a[j][3]);
+#endif
+      }
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int j = 0; j < STEPS; j++)
+        mma(part, a[j], at + (QUANT ? half * 4 : half * (X_BLOCK >> 5)) + 2 * j, half + j > 0);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+    copy_step();  // into the slot that was just read
+    slot = slot + 1 == DEPTH ? 0 : slot + 1;
+    const int freed = b - DRIFT, staged = freed + SLOTS;
+    if (REUSE && freed >= 0 && staged < blocks) {
+      await(empty + freed % SLOTS * 8, freed / SLOTS);
+      place(next, freed % SLOTS);
+      fetch(next, staged + 1);
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    const float s = w_scale[wg / 2 * CHUNK + b];
+#pragma unroll
+    for (int i = 0; i < ACC; i++) {
+      asm volatile("" : "+f"(part[i])::"memory");
+#if QUANT
+      const float both = s * *x_scale(block, 0, i / 4 * 8 + 2 * q + i % 2);
+#else
+      const float both = s;
+#endif
+      total[i] = __fmaf_rn(part[i], both, total[i]);
+    }
+    if (REUSE) {
+      __syncwarp();
+      if (lane == 0) arrive(empty + b % SLOTS * 8);
+    }
+  }
+
+  // Store what a lane has of the eight tokens of a group and the 16 rows from `row` on.
+  auto store = [&](const float4& v, int group, int row) {
+    const uint2 rows = make_uint2(transpose(bf16_pair(v.x, v.y)), transpose(bf16_pair(v.z, v.w)));
+    const int token = group * 8 + g;
+    if (token < T) *(uint2*)(y + ((size_t)token * N + first_row + row + q * 4) * 2) = rows;
+  };
+  const int groups = (T + 7) / 8;  // of tokens
+#if PARTS == 1
+#pragma unroll
+  for (int i = 0; i < NTOK / 8; i++)
+    store(make_float4(total[4 * i], total[4 * i + 1], total[4 * i + 2], total[4 * i + 3]), i,
+          tid / 32 * 16);
+#else
+  float4* sums = partial + (size_t)tile * PARTS * groups * THREADS;
+#pragma unroll
+  for (int i = 0; i < NTOK / 8; i++)
+    if (i < groups)
+      sums[(rank * groups + i) * THREADS + tid] =
+          make_float4(total[4 * i], total[4 * i + 1], total[4 * i + 2], total[4 * i + 3]);
+  __syncthreads();
+  u64* word = (u64*)(((u64)words + 7) & ~7ull) + tile;
+  if (tid == 0) *shares = shares_of(word, rank);
+  __syncthreads();
+  u64 gone = 0;
+  if (tid == 0) gone = atomicAdd(word, 256ull);
+  // Share r: of the 16 groups of rows of the groups of tokens, r and every PARTS-th after it.
+  for (u64 todo = *shares; todo; todo &= todo - 1)
+    for (int u = tid / 32 * PARTS + __ffsll(todo) - 1; u < groups * 16; u += WARPS * PARTS) {
+      const float4* at = sums + u / 16 * THREADS + u % 16 * 32 + lane;
+      float4 sum;
+#pragma unroll 8
+      for (int c = 0; c < PARTS; c++) {
+        float4 v;
+        asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                     : "l"(at + c * groups * THREADS) : "memory");
+        if (c == 0) sum = v; else add(sum, v);
+      }
+      store(sum, u / 16, u % 16 * 16);
+    }
+  if (tid == 0 && (gone >> 8 & 255) == PARTS - 1) *word = 0;
+#endif
+}
+#else
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __restrict__ weight,
                   const u8* scale, u8* y, float4* partial, int T, int N, int K, int x_stride,
@@ -462,3 +753,4 @@ linear_fp8_sum_kernel(const float4* partial, u8* y, int count, int parts) {
   for (int c = 1; c < parts; c++) add(total, partial[(size_t)c * count + i]);
   store_bf16(y + (size_t)i * 8, total);
 }
+#endif

@@ -33,6 +33,12 @@ KEEP, ROUND, ROUNDED = range(3)  # what happens to x
 MOST_WARP_MMA = 16  # columns up to which products are those of a warp
 WARPGROUPS = 4
 STEP_BYTES = WARPGROUPS * 64 * 128
+# Whether more than 16 tokens take linear_fp8_stream_kernel, and not the plan before it.
+IS_STREAMED = False
+# Its steps of weights under way, and those asked for before the kernel in front has ended; columns
+# of the matrix instruction -> blocks of x in shared memory; clocks that a block waits for others.
+STREAM_DEPTH, EARLY_STEPS, PATIENCE = 5, 3, 30_000
+SLOTS = {32: 8, 64: 4}
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class _Plan:
 
     defines: dict[str, int]
     shared: int
+    is_streamed: bool = False
 
 
 def _plan(tokens: int, tiles: int, chunks: int, c: Cut, cluster: int, wide: bool) -> _Plan | None:
@@ -59,6 +66,19 @@ def _plan(tokens: int, tiles: int, chunks: int, c: Cut, cluster: int, wide: bool
     return _Plan(defines, shared)
 
 
+def _stream_plan(tokens: int, c: Cut) -> _Plan:
+    """One chunk of four tiles a block, x through slots."""
+    slots = min(SLOTS[tokens], c.chunk)
+    fixed = slots * 256 * tokens + c.chunk * 8 + slots * 16 + 8
+    depth = min(STREAM_DEPTH, c.chunk, (SHARED_BYTES - fixed) // STEP_BYTES)
+    defines = {
+        "NTOK": tokens, "NWG": WARPGROUPS, "RT": UNITS, "KW": 1, "CHUNK": c.chunk, "CLUSTER": 1,
+        "DEPTH": depth, "EARLY": min(EARLY_STEPS, depth), "SLOTS": slots, "PARTS": c.num_chunks,
+        "PATIENCE": PATIENCE, "WIDE": 1,
+    }  # fmt: skip
+    return _Plan(defines, fixed + depth * STEP_BYTES, True)
+
+
 @cache
 def plan(T: int, N: int, K: int, groups: int, quantize_input: bool) -> _Plan:
     """Blocks in clusters up to 16 tokens, while x fits; else one chunk of more rows a block, and a
@@ -68,6 +88,8 @@ def plan(T: int, N: int, K: int, groups: int, quantize_input: bool) -> _Plan:
     small = [_plan(n, c.tiles, c.chunks, c, c.cluster, False) for n in (16, 8) if n <= tokens]
     if tokens <= 16 and small[0]:
         return small[0]
+    if IS_STREAMED and N // groups % (64 * UNITS) == 0:
+        return _stream_plan(max(tokens, 32), c)
     if N // groups % (64 * UNITS) == 0:
         order = (True, False) if quantize_input else (False, True)
         found = (_plan(max(tokens, 32), UNITS, 1, c, 1, wide) for wide in order)
@@ -82,7 +104,8 @@ def linear_fp8_kernel(p: _Plan, quant: int, is_e8m0: bool, name: str = "") -> cu
     """
     defines = p.defines | {"QUANT": quant, "E8M0": int(is_e8m0)}
     defines["WARP_MMA"] = int(quant == KEEP and p.defines["NTOK"] <= MOST_WARP_MMA)
-    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name or "linear_fp8_kernel", defines)
+    name = name or ("linear_fp8_stream_kernel" if p.is_streamed else "linear_fp8_kernel")
+    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines)
 
 
 def sources() -> Iterator[tuple[cuda.Source, str]]:
@@ -107,21 +130,29 @@ def launch(
     out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    y, partial, *_ = out
-    check(x, weight, scale, groups, quantize_input, y)
-    multiply(x, None, weight, scale, groups, ROUND if quantize_input else KEEP, y, partial)
+    check(x, weight, scale, groups, quantize_input, out[0])
+    multiply(x, None, weight, scale, groups, ROUND if quantize_input else KEEP, out)
 
 
 def multiply(
     x: Tensor, x_scale: Tensor | None, weight: Tensor, scale: Tensor, groups: int, quant: int,
-    y: Tensor, partial: Tensor,
+    out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
-    """Fill y. x_scale: scales of ROUNDED x."""
+    """Fill y, the first of `out`. x_scale: scales of ROUNDED x."""
+    y, partial, counters, *_ = out
     T, (N, K) = x.shape[0], weight.shape
     check_aligned(16, x=x, weight=weight, y=y)
     c, p = cut(N, K, groups), plan(T, N, K, groups, quant != KEEP)
     is_e8m0 = scale.dtype == torch.float8_e8m0fnu
     kernel = cuda.load(linear_fp8_kernel(p, quant, is_e8m0), x.device, p.shared)
+    if p.is_streamed:
+        for start in range(0, T, MAX_TOKENS):
+            kernel.launch(
+                N // 256 * c.num_chunks, 128 * WARPGROUPS, x[start:],
+                None if x_scale is None else x_scale[start:], weight, scale, y[start:], partial,
+                counters, min(MAX_TOKENS, T - start), N, K, groups * K, N // groups, overlaps=True,
+            )  # fmt: skip
+        return
     is_split, tokens = p.defines["SPLIT"], p.defines["NTOK"]
     parts = c.num_chunks if is_split else p.defines["CLUSTER"]
     grid = N // (64 * p.defines["RT"]) * parts
