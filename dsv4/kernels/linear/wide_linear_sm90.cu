@@ -93,11 +93,17 @@ __device__ __forceinline__ void cluster_barrier() {
                ::: "memory");
 }
 
-__device__ __forceinline__ void open_barrier(u32 bar, int bytes) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-               : "memory");
+// By one warp. One lane does both, in order; but the first is an instruction of the warp as a whole,
+// and racecheck takes them for those of two lanes unless they are kept apart.
+__device__ __forceinline__ void open_barrier(u32 bar, int bytes, bool is_first) {
+  if (is_first) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+  if (is_first)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
 }
 
 __device__ __forceinline__ void await_bytes(u32 bar) {
@@ -162,7 +168,7 @@ __device__ __forceinline__ void run(
 #if PUSH
   const u32 parts = xs + X_BYTES + NWG * WARPS * DEPTH * W_STEP;
   const u32 bar = parts + CHUNKS * OWN * ROWS * 4;
-  if (tid == 0) open_barrier(bar, own * CHUNKS * ROWS * 4);
+  if (tid < 32) open_barrier(bar, own * CHUNKS * ROWS * 4, tid == 0);
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 
