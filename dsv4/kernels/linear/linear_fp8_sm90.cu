@@ -414,6 +414,7 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
   for (int b = 0; b < blocks; b++) {
     u8* block = xs + b % SLOTS * X_BLOCK;
     await(full + b % SLOTS * 8, b / SLOTS);
+    const float s = w_scale[wg / 2 * CHUNK + b];
     asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
     const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(block) >> 4;
     float part[ACC];
@@ -448,7 +449,6 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
       fetch(next, staged + 1);
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    const float s = w_scale[wg / 2 * CHUNK + b];
 #pragma unroll
     for (int i = 0; i < ACC; i++) {
       asm volatile("" : "+f"(part[i])::"memory");
