@@ -15,6 +15,7 @@ from dsv4.testing.bench import COLD_BYTES, Case, Turns, nbytes, run
 from dsv4.testing.cases.linear import FLASH, HEAD_FLASH, JOINED_FLASH, PRO, WIDE_FLASH
 
 DECODE, PREFILL = (1, 8, 64), (1024, 8192)
+FP8 = (*DECODE, 128, 512, *PREFILL)
 GATE_PRO = (384, 7168)
 RATIO = {"csa": 4, "hca": 128}  # places of a window
 
@@ -109,7 +110,7 @@ def cases() -> Turns:
     """Every row of this file."""
     modes = ("w8a16", "w8a8")
     for name, shape in FLASH.items():
-        yield fp8_cases(name, shape, DECODE + PREFILL, modes)
+        yield fp8_cases(name, shape, FP8, modes)
     for name, shape in PRO.items():
         yield fp8_cases(f"pro_{name}", shape, DECODE + PREFILL[-1:], modes)
     for name, parts in JOINED_FLASH.items():

@@ -11,6 +11,7 @@ from dsv4.kernels import linear as kernels
 
 # Best first.
 LINEAR_FP8 = (kernels.linear_fp8_sm90.SPEC, kernels.linear_fp8.SPEC)
+LINEAR_FP8_PROMPT = (kernels.linear_fp8_prompt_sm90.SPEC, kernels.linear_fp8.SPEC)
 LINEAR_FP8_ANY = (kernels.linear_fp8.SPEC,)
 LINEAR_FP8_W8A8 = (kernels.linear_fp8_w8a8_sm90.SPEC, kernels.linear_fp8_w8a8.SPEC)
 LINEAR_FP8_W8A8_ANY = (kernels.linear_fp8_w8a8.SPEC,)
@@ -31,10 +32,15 @@ def linear_fp8(
     x: Tensor, weight: Tensor, scale: Tensor, groups: int = 1, quantize_input: bool = False
 ) -> Tensor:
     """See dsv4.reference.linear.linear_fp8."""
-    few = kernels.linear_fp8_sm90.takes(x, weight, groups)
-    out = kernels.linear_fp8.outputs(x, weight, scale, groups, quantize_input)
-    kernel = select(LINEAR_FP8 if few else LINEAR_FP8_ANY, x.device)
-    kernel.launch(x, weight, scale, groups, quantize_input, out)
+    args, prompt = (x, weight, scale, groups, quantize_input), kernels.linear_fp8_prompt_sm90
+    if kernels.linear_fp8_sm90.takes(x, weight, groups):
+        which, outputs = LINEAR_FP8, kernels.linear_fp8.outputs
+    elif prompt.IS_USED and prompt.takes(x, weight, groups, quantize_input):
+        which, outputs = LINEAR_FP8_PROMPT, prompt.outputs
+    else:
+        which, outputs = LINEAR_FP8_ANY, kernels.linear_fp8.outputs
+    out = outputs(*args)
+    select(which, x.device).launch(*args, out)
     return out[0]
 
 

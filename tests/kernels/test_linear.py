@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4.core.dispatch import KernelSpec
 from dsv4.core.errors import KernelUnavailable
 from dsv4.core.formats import FP8_BLOCK128, BlockScaledTensor
 from dsv4.kernels.common import linear_plan
 from dsv4.kernels.common.linear_plan import cut, wide_cut
 from dsv4.kernels.common.linear_weights import join_rows, split_rows
-from dsv4.kernels.linear import linear_fp8, wide_linear, wide_linear_sm90
+from dsv4.kernels.linear import linear_fp8, linear_fp8_prompt_sm90, wide_linear, wide_linear_sm90
 from dsv4.ops import linear as ops
 from dsv4.reference import linear as oracle
 from dsv4.reference.quant import dequantize, fp8_act_dequantize, fp8_act_quantize
@@ -199,6 +200,60 @@ def test_which_weights_go_to_the_kernel_for_few_tokens() -> None:
     assert not wide_linear_sm90.takes(x, weight.new_empty(129280, 4096, device="meta"))
     for K in (384, 4096 - 64):  # fewer blocks than chunks; half a block
         assert not wide_linear_sm90.takes(x[:, :K], weight[:, :K])
+
+
+# What changes in a call of 65 tokens, [256, 256] in 2 groups -> whether it is one of a prompt.
+PROMPT_CALLS: list[tuple[dict[str, Any], bool]] = [
+    ({}, True), ({"T": 64}, False), ({"T": 1000}, True), ({"quantize_input": True}, False),
+    ({"shape": (200, 256, 1)}, False), ({"shape": (256, 192, 1)}, False), ({"groups": 4}, False),
+    ({"shape": (256, 300, 1)}, False), ({"offset": 1}, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "expected"), PROMPT_CALLS, ids=lambda p: str(p))
+def test_which_calls_go_to_the_kernel_for_prompts(
+    change: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = {"T": 65, "shape": (256, 256, 2), "quantize_input": False, "offset": 0} | change
+    N, K, groups = call["shape"]
+    groups, taken = call.get("groups", groups), []
+
+    def spy(*args: Any) -> None:
+        taken.append(args)
+
+    spec = KernelSpec("linear_fp8/spy", spy, runs_on_cpu=True)
+    monkeypatch.setattr(linear_fp8_prompt_sm90, "IS_USED", True)
+    monkeypatch.setattr(ops, "LINEAR_FP8_PROMPT", (spec,))
+    flat = tokens(1, call["T"] * groups * K + 8).flatten()
+    x = flat[call["offset"] :][: call["T"] * groups * K].unflatten(0, (call["T"], -1))
+    weight, scale = fp8_weight(N, K)
+    for name in ("LINEAR_FP8", "LINEAR_FP8_ANY"):
+        other = KernelSpec("linear_fp8/other", lambda *args: None, runs_on_cpu=True)
+        monkeypatch.setattr(ops, name, (other,))
+    ops.linear_fp8(x, weight, scale, groups, call["quantize_input"])
+    assert bool(taken) == expected
+
+
+def test_prompts_have_room_for_whole_tiles_and_sums_of_chunks() -> None:
+    calls = ((1024, 4096, 1), 130), ((2048, 512, 8), 65), ((256, 256, 2), 999), (FLASH["wo_b"], 130)
+    for (N, K, groups), T in calls:
+        x, weight = tokens(T, groups * K), torch.empty(N, K, dtype=torch.float8_e4m3fn)
+        _, partial, _, images, _ = linear_fp8_prompt_sm90.outputs(x, weight, weight, groups, False)
+        parts = linear_fp8_prompt_sm90.plan(T, N, K, groups).parts
+        assert parts in (1, cut(N, K, groups).num_chunks)
+        assert parts == 1 or partial.numel() >= parts * T * N
+        assert images.numel() == -(-T // 128) * 128 * groups * K
+    assert linear_fp8_prompt_sm90.plan(130, 1024, 4096, 1).parts > 1
+    assert linear_fp8_prompt_sm90.plan(8192, 1024, 4096, 1).parts == 1
+    assert linear_fp8_prompt_sm90.SHARED_BYTES <= 227 << 10
+
+
+def test_what_is_no_prompt_is_refused_by_name() -> None:
+    weight, scale = fp8_weight(256, 256)
+    for x, quantize in ((tokens(64, 256), False), (tokens(65, 256), True)):
+        out = linear_fp8.outputs(x, weight, scale, 1, quantize)
+        with pytest.raises(KernelUnavailable, match="linear_fp8/sm90_prompt: expected more than"):
+            linear_fp8_prompt_sm90.launch(x, weight, scale, 1, quantize, out)
 
 
 def test_more_tokens_than_the_kernel_for_few_takes_are_refused_by_name() -> None:

@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.common import cuda
+from dsv4.kernels.common.linear_plan import cut
 from dsv4.kernels.linear import (
     joined_wide_linear,
     joined_wide_linear_sm90,
     linear_fp8,
+    linear_fp8_prompt_sm90,
     linear_fp8_sm90,
     wide_linear,
     wide_linear_sm90,
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.gpu
 
 SHAPES = {f"flash-{k}": v for k, v in FLASH.items()} | {f"pro-{k}": v for k, v in PRO.items()}
 COUNTS = (1, 2, 8, 9, 16, 17, 32, 33, 63, 64)
+PROMPTS = (65, 128, 129, 300, 1000, 1024)
 
 
 def needs_hopper() -> None:
@@ -68,7 +71,52 @@ def test_kernels_agree_to_the_bit(num_tokens: int, name: str, quantize: bool) ->
     assert_bits_equal("y", launched(linear_fp8_sm90, *args), launched(linear_fp8, *args))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64])
+def launched_prompt(x: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+    """The result of the kernel for prompts; NaN where it, or what it reads, is not written."""
+    out = linear_fp8_prompt_sm90.outputs(x, weight, scale, groups, False)
+    for t in (out[0], out[1], out[3]):
+        t.fill_(float("nan"))
+    linear_fp8_prompt_sm90.launch(x, weight, scale, groups, False, out)
+    return out[0]
+
+
+@pytest.mark.parametrize("is_fp32", [False, True], ids=["e8m0", "fp32"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_of_prompts_agree_to_the_bit(name: str, is_fp32: bool) -> None:
+    needs_hopper()
+    weight, scale, groups = weight_of(name)
+    if is_fp32:
+        scale = scale.float() * 1.3  # no power of two
+    x = tokens(PROMPTS[-1], groups * weight.shape[1], device="cuda")
+    for T in PROMPTS:
+        args = x[:T], weight, scale, groups
+        want = launched(linear_fp8, *args, False)
+        for turn in range(10 if T in PROMPTS[2:4] else 2):
+            assert_bits_equal(f"{T} tokens, run {turn}", launched_prompt(*args), want)
+
+
+@pytest.mark.parametrize("is_split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("name", ["flash-wo_a", "flash-wq_a_wkv", "flash-wo_b", "pro-wo_b"])
+def test_prompts_in_every_form_agree_to_the_bit(
+    name: str, cluster: int, is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_hopper()
+    weight, scale, groups = weight_of(name)
+    parts = cut(*weight.shape, groups).num_chunks if is_split else 1
+    plan = linear_fp8_prompt_sm90.Plan(cluster, parts)
+    monkeypatch.setattr(linear_fp8_prompt_sm90, "plan", lambda *shape: plan)
+    x = tokens(1300, groups * weight.shape[1], device="cuda")
+    x[3, 7] = float("nan")  # of no other token's concern
+    for T in (70, 129, 300, 1300):
+        args = x[:T], weight, scale, groups
+        got, want = launched_prompt(*args), launched(linear_fp8, *args, False)
+        assert bool(got[3].isnan().all())
+        got[3], want[3] = 0, 0
+        assert_bits_equal(f"{T} tokens", got, want)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 300])
 def test_a_chain_in_a_graph_equals_single_steps(num_tokens: int) -> None:
     """Each reads what the one before wrote, and they overlap: the order must hold."""
     shapes = [(4096, 4096), (2048, 4096), (1024, 2048), (4096, 1024)] * 3
