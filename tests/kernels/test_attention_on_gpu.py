@@ -202,7 +202,7 @@ def test_nan_passes_through_clusters(split: int) -> None:
 def test_turns_do_not_change_bits(H: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = AttentionCase([(3000, 40), (100, 30), (0, 5)], H, 512, 128, **ATTENTION_KINDS[kind])
     args, want = case.args("cuda"), {}
-    for ordered, lean in ((False, False), (False, True), (True, False), (True, True)):
+    for ordered, lean in ((0, False), (0, True), (1, False), (1, True), (2, True)):
         monkeypatch.setattr(decode_sm90, "ORDERED", ordered)
         monkeypatch.setattr(decode_sm90, "LEAN", lean)
         for name in OPS:

@@ -6,10 +6,11 @@
 // same bytes serve as keys (dims contiguous) and as values (transposed by the descriptor).
 
 // FP8      whether the result is E4M3 with a scale for 128 dims, not BF16
-// ORDERED  whether the consumers take turns in scoring, so that one multiplies while one exponentiates
+// ORDERED  whether the consumers take turns in scoring, so that one multiplies while the other
+//          exponentiates; 1: the next one begins when products are under way, 2: when they are done
 // LEAN     descriptors by one addition
 // SPLIT    0: programs give results, or parts for a combination elsewhere. 1, 2, 4: the tiles of a
-//          token are in the blocks of a cluster, which combine them; each block has 512 / SPLIT value dims
+//          token are in blocks of a cluster, which combine them; a block has 512 / SPLIT value dims
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -28,7 +29,8 @@ constexpr float NO_KEYS = -1e30f, LOG2_E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7F800000)
 static_assert(HEADS == TILE, "queries and keys have matrices of one size");
 static_assert(!SPLIT || !ORDERED, "a block of a cluster has too few tiles for turns");
-static_assert(MAX_EACH * SUMS_BYTES <= STATS_AT, "sums lie over queries and keys of the first stage");
+static_assert(MAX_EACH * SUMS_BYTES <= STATS_AT, "sums lie over queries and the first keys");
+static_assert(MAX_EACH <= STAGES && AHEAD >= 16, "sizes of a cluster");
 
 struct Params {
     const u8 *q, *step, *window, *pages;
@@ -357,7 +359,8 @@ __device__ __forceinline__ void softmax(
     }
 }
 
-__device__ __forceinline__ void values(float (&d)[32], const u32 (&p)[4][4], u32 block, int offset) {
+__device__ __forceinline__ void values(
+    float (&d)[32], const u32 (&p)[4][4], u32 block, int offset) {
     matrix_fence();
 #pragma unroll
     for (int k = 0; k < 4; k++) multiply_values(d, p[k], descriptor(block, offset + k * 2048), k);
@@ -396,8 +399,10 @@ __device__ __forceinline__ void attend_tile(
         multiply_keys(s, descriptor(heads, at), descriptor(keys, at), k);
     }
     matrix_commit();
-    if (ORDERED && !(wg == 1 && is_last)) give_turn(1 - wg);
+    bool gives = ORDERED && !(wg == 1 && is_last);
+    if (ORDERED == 1 && gives) give_turn(1 - wg);
     matrix_wait<0>();
+    if (ORDERED == 2 && gives) give_turn(1 - wg);
     hold(s);
     if (ORDERED) barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
     softmax(s, bias, p.scale, state, weights, alpha, beta);
@@ -657,42 +662,74 @@ __device__ __forceinline__ void store_four(
     if (lane == 0) p.out_scale[row * (C / 128) + piece] = byte;
 }
 
-// A warp takes 128 dims of a head at a time; `written` tiles have parts.
+// What a warp finishes at a time: 128 dims of a head, of which each lane has 4.
+struct Unit {
+    int h, piece;
+    Ending ending;
+    u32 stats, sums[AHEAD];  // addresses: m and l of part `lane`, the first parts
+};
+
+__device__ __forceinline__ u32 part_at(const Params& p, u32 in_first, int part, int bytes) {
+    return p.tiles_each == 2 ? remote(in_first + (part & 1) * bytes, part >> 1)
+                             : remote(in_first, part);
+}
+
+__device__ __forceinline__ Unit unit_at(
+    const Params& p, const Query& query, u8* smem, int unit, int written) {
+    int lane = threadIdx.x % 32, last = max(written - 1, 0);
+    Unit u = {unit / PIECES, unit % PIECES};
+    u.ending = load_ending(p, query, query.head + u.h, query.share * PIECES + u.piece);
+    u32 base = shared_address(smem), row = base + sums_at(0, u.piece, u.h, lane);
+    u.stats = part_at(p, base + STATS_AT + u.h * 8, min(lane, last), HEADS * 8);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) u.sums[i] = part_at(p, row, min(i, last), SUMS_BYTES);
+    return u;
+}
+
+__device__ __forceinline__ void finish(
+    const Params& p, const Query& query, u8* smem, const Unit& u, int written) {
+    int lane = threadIdx.x % 32;
+    float2 own = make_float2(NO_KEYS, 0.f);
+    if (lane < written) own = remote_load2(u.stats);
+    float m = NO_KEYS, l = 0.f, acc[4] = {};
+    float4 sums[AHEAD];  // loads under way at once
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (i < written) sums[i] = remote_load4(u.sums[i]);
+    for (int start = 0; start < written; start += AHEAD) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int part = start + i & 31;
+            float top = __shfl_sync(~0u, own.x, part), total = __shfl_sync(~0u, own.y, part);
+            if (start + i < written) add_part(m, l, acc, top, total, sums[i]);
+        }
+        if (MAX_EACH == 1) break;  // no more parts than blocks
+        u32 row = shared_address(smem) + sums_at(0, u.piece, u.h, lane);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int part = start + AHEAD + i;
+            if (part < written) sums[i] = remote_load4(part_at(p, row, part, SUMS_BYTES));
+        }
+    }
+    // The group joins a whole that is still empty.
+    float whole_m = NO_KEYS, whole_l = 0.f, whole[4] = {};
+    add_part(whole_m, whole_l, whole, m, l, make_float4(acc[0], acc[1], acc[2], acc[3]));
+    store_four(
+        p, query, u.ending, whole_m, whole_l, whole, query.head + u.h,
+        query.share * PIECES + u.piece);
+}
+
+// `written` tiles have parts. All that needs no other block is done before the cluster has met.
 __device__ __forceinline__ void finish_share(
     const Params& p, const Query& query, u8* smem, int written) {
-    int lane = threadIdx.x % 32, each = p.tiles_each, heads = min(HEADS, p.H - query.head);
-    u32 base = shared_address(smem);
-    for (int unit = query.part + p.parts * (threadIdx.x / 32); unit < heads * PIECES;
-         unit += p.parts * 8) {
-        int h = unit / PIECES, piece = unit % PIECES;
-        int head = query.head + h, whole_piece = query.share * PIECES + piece;
-        Ending ending = load_ending(p, query, head, whole_piece);
-        float2 own = make_float2(NO_KEYS, 0.f);
-        if (lane < written) {
-            int slot = each == 2 ? lane & 1 : 0, rank = each == 2 ? lane >> 1 : lane;
-            own = remote_load2(remote(base + STATS_AT + (slot * HEADS + h) * 8, rank));
-        }
-        float m = NO_KEYS, l = 0.f, acc[4] = {};
-        for (int start = 0; start < written; start += AHEAD) {
-            float4 sums[AHEAD];  // loads under way at once
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                int part = start + i;
-                int slot = each == 2 ? part & 1 : 0, rank = each == 2 ? part >> 1 : part;
-                if (part < written)
-                    sums[i] = remote_load4(remote(base + sums_at(slot, piece, h, lane), rank));
-            }
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                float top = __shfl_sync(~0u, own.x, (start + i) & 31);
-                float total = __shfl_sync(~0u, own.y, (start + i) & 31);
-                if (start + i < written) add_part(m, l, acc, top, total, sums[i]);
-            }
-        }
-        // The group joins a whole that is still empty.
-        float whole_m = NO_KEYS, whole_l = 0.f, whole[4] = {};
-        add_part(whole_m, whole_l, whole, m, l, make_float4(acc[0], acc[1], acc[2], acc[3]));
-        store_four(p, query, ending, whole_m, whole_l, whole, head, whole_piece);
+    int end = min(HEADS, p.H - query.head) * PIECES, at = query.part + p.parts * (threadIdx.x / 32);
+    Unit unit;
+    if (at < end) unit = unit_at(p, query, smem, at, written);
+    cluster_sync();
+    while (at < end) {
+        finish(p, query, smem, unit, written);
+        at += p.parts * 8;
+        if (at < end) unit = unit_at(p, query, smem, at, written);
     }
 }
 
@@ -735,7 +772,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (threadIdx.x * 32 < H) asm volatile("prefetch.global.L2 [%0];" ::"l"(sink + threadIdx.x * 32));
+    if (threadIdx.x * 32 < H)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(sink + threadIdx.x * 32));
     __syncthreads();
     asm volatile("griddepcontrol.wait;" ::: "memory");
     Query query;
@@ -768,14 +806,14 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
     if (!SPLIT && parts > 1 && first >= num_tiles) return;
 
     if (threadIdx.x >= 256) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
         if (first < end) produce(p, query, first, end, early, smem, full, empty);
         if (SPLIT) {
             cluster_sync();
             cluster_sync();
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
         load_query(p, query, smem);
         fence_async();
         consumers_sync();
@@ -791,7 +829,6 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
 #pragma unroll
         for (int i = 0; i < MAX_EACH; i++)
             if (first + i < end) leave_part(smem, states[i], i);
-        cluster_sync();
         finish_share(p, query, smem, num_tiles);
         cluster_sync();  // none leaves before all have read
 #else

@@ -29,15 +29,15 @@ CONFIG = {"threads": 512, "shared_bytes": 3 * 65536 + 2 * 64 * 4 + 48 + 1024}
 HEADS, DIMS = 64, 512
 SPLITS: tuple[int, ...] = ()  # of 4, 2, 1: clusters that may share the value dims of a token
 MAX_CLUSTER, MAX_EACH = 16, 2  # blocks of a cluster; tiles of a block, where 4 share the dims
-ORDERED = False  # whether warp groups take turns in scoring
+ORDERED = 0  # whether warp groups take turns in scoring; 1 and 2 as in the device code
 LEAN = True  # whether matrices are addressed by one addition
 
 
 @cache
-def source(is_fp8: bool, split: int = 0, ordered: bool = True, lean: bool = True) -> Source:
+def source(is_fp8: bool, split: int = 0, ordered: int = 0, lean: bool = True) -> Source:
     """The device function for a result in BF16 or in FP8; split: clusters that share the dims."""
     path = Path(__file__).with_suffix(".cu")
-    defines = {"FP8": is_fp8, "SPLIT": split, "ORDERED": ordered and not split, "LEAN": lean}
+    defines = {"FP8": is_fp8, "SPLIT": split, "ORDERED": 0 if split else ordered, "LEAN": lean}
     return Source.of(path, "sparse_attn_sm90_kernel", {k: int(v) for k, v in defines.items()})
 
 
