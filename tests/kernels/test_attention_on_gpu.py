@@ -132,7 +132,7 @@ def with_splits(args: dict[str, Any], splits: tuple[int, ...]) -> Tensor:
         decode_sm90.launch(**args, out=out)
     assert out[1].numel() > 0
     assert out[1].isnan().all() == takes_clusters, "the other way was taken"
-    if len(splits) == 1 and len(args["q"]) * args["q"].shape[1] <= 64:
+    if len(splits) == 1 and len(args["q"]) == 1 and args["q"].shape[1] <= 64:
         assert takes_clusters == (tiles <= 16 or (tiles <= 32 and splits == (4,)))
     return out[0]
 
@@ -148,11 +148,15 @@ def listed_tiles(tiles: int, requests: int, H: int, padding: int = 0) -> dict[st
 @pytest.mark.skipif(not is_hopper, reason="clusters are of the kernel for Hopper")
 @pytest.mark.parametrize("tiles", [*range(2, 20), 25, 31, 32, 33])
 @pytest.mark.parametrize("H", [8, 64])
-def test_clusters_give_the_bits_of_two_kernels(tiles: int, H: int) -> None:
+def test_clusters_give_the_bits_of_two_kernels(
+    tiles: int, H: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = listed_tiles(tiles, 1, H)
     want = with_splits(args, ())
-    for split in (4, 2, 1):
-        assert_bits_equal(f"{split}", with_splits(args, (split,)), want)
+    for keyed in (False, True):
+        monkeypatch.setattr(decode_sm90, "KEYED", keyed)
+        for split in (4, 2, 1):
+            assert_bits_equal(f"{split} {keyed}", with_splits(args, (split,)), want)
     if tiles <= decode_kernel.GROUP:
         assert_bits_equal("prefill", ops.sparse_attn_prefill(**args), want)
 
@@ -199,16 +203,20 @@ def test_nan_passes_through_clusters(split: int) -> None:
 @pytest.mark.skipif(not is_hopper, reason="turns are of the kernel for Hopper")
 @pytest.mark.parametrize("H", [16, 64, 128])
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_turns_do_not_change_bits(H: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ways_to_score_do_not_change_bits(
+    H: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = AttentionCase([(3000, 40), (100, 30), (0, 5)], H, 512, 128, **ATTENTION_KINDS[kind])
     args, want = case.args("cuda"), {}
-    for ordered, lean in ((0, False), (0, True), (1, False), (1, True), (2, True)):
+    ways = (0, False, False), (0, True, False), (1, True, False), (2, True, False), (0, True, True)
+    for ordered, lean, keyed in ways:
         monkeypatch.setattr(decode_sm90, "ORDERED", ordered)
+        monkeypatch.setattr(decode_sm90, "KEYED", keyed)
         monkeypatch.setattr(decode_sm90, "LEAN", lean)
         for name in OPS:
             for _ in range(3):
                 got = getattr(ops, name)(**args)
-                assert_bits_equal(f"{name} {ordered} {lean}", got, want.setdefault(name, got))
+                assert_bits_equal(f"{name} {ordered} {keyed}", got, want.setdefault(name, got))
 
 
 @pytest.mark.parametrize("H", [16, 64])

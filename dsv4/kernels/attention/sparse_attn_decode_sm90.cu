@@ -8,6 +8,7 @@
 // FP8      whether the result is E4M3 with a scale for 128 dims, not BF16
 // ORDERED  whether the consumers take turns in scoring, so that one multiplies while the other
 //          exponentiates; 1: the next one begins when products are under way, 2: when they are done
+// KEYED    whether each consumer group scores half of the keys for both
 // LEAN     descriptors by one addition
 // SPLIT    0: programs give results, or parts for a combination elsewhere. 1, 2, 4: the tiles of a
 //          token are in blocks of a cluster, which combine them; a block has 512 / SPLIT value dims
@@ -25,9 +26,12 @@ constexpr int SHARES = SPLIT ? SPLIT : 1, PIECES = 4 / SHARES;  // of 128 value 
 constexpr int CHUNKS = PIECES;  // of 64 value dims of a warp group
 constexpr int MAX_EACH = SPLIT == 4 ? 2 : 1;  // tiles of a block of a cluster
 constexpr int SUMS_BYTES = PIECES * HEADS * 512, STATS_AT = 2 * MATRIX_BYTES, AHEAD = 16;
+constexpr int SCORED = KEYED ? TILE / 2 : TILE;  // keys that a warp group scores
+constexpr int EXCHANGE_AT = BARRIER_AT + 8 * 3 * STAGES;
 constexpr float NO_KEYS = -1e30f, LOG2_E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7F800000)
 static_assert(HEADS == TILE, "queries and keys have matrices of one size");
+static_assert(!KEYED || !ORDERED, "warp groups that share scores go together");
 static_assert(!SPLIT || !ORDERED, "a block of a cluster has too few tiles for turns");
 static_assert(MAX_EACH * SUMS_BYTES <= STATS_AT, "sums lie over queries and the first keys");
 static_assert(MAX_EACH <= STAGES && AHEAD >= 16, "sizes of a cluster");
@@ -127,6 +131,15 @@ __device__ __forceinline__ void multiply_keys(float (&d)[32], u64 a, u64 b, int 
         : "l"(a), "l"(b), "r"(accumulate));
 }
 
+__device__ __forceinline__ void multiply_keys(float (&d)[16], u64 a, u64 b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, 0, 0;\n}"
+        : REGS8(d, 0), REGS8(d, 8)
+        : "l"(a), "l"(b), "r"(accumulate));
+}
+
 __device__ __forceinline__ void multiply_values(
     float (&d)[32], const u32 (&a)[4], u64 b, int accumulate) {
     asm volatile(
@@ -150,9 +163,10 @@ __device__ __forceinline__ void matrix_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-__device__ __forceinline__ void hold(float (&d)[32]) {  // no use of d moves above this
+template <int N>
+__device__ __forceinline__ void hold(float (&d)[N]) {  // no use of d moves above this
 #pragma unroll
-    for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Numbers
@@ -318,12 +332,43 @@ struct State {
     float m[2], l[2], acc[CHUNKS][32];
 };
 
+// A thread of the other warp group has the same rows; what both exchange lies [group][thread].
+__device__ __forceinline__ void exchange_top(u8* area, float (&top)[2]) {
+    int wg = threadIdx.x / 128, i = threadIdx.x % 128;
+    float2* tops = reinterpret_cast<float2*>(area);
+    tops[wg * 128 + i] = make_float2(top[0], top[1]);
+    consumers_sync();
+    float2 other = tops[(1 - wg) * 128 + i];
+    top[0] = fmaxf(top[0], other.x);
+    top[1] = fmaxf(top[1], other.y);
+}
+
+__device__ __forceinline__ void exchange_weights(u8* area, u32 (&p)[4][4]) {
+    int wg = threadIdx.x / 128, i = threadIdx.x % 128;
+    uint4* weights = reinterpret_cast<uint4*>(area + 2048);
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+        weights[(wg * 2 + k) * 128 + i] = make_uint4(p[k][0], p[k][1], p[k][2], p[k][3]);
+    consumers_sync();
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        uint4 other = weights[((1 - wg) * 2 + k) * 128 + i];
+        u32 others[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            p[2 + k][j] = wg == 0 ? others[j] : p[k][j];
+            p[k][j] = wg == 0 ? p[k][j] : others[j];
+        }
+    }
+}
+
+// bias: of the keys that were scored
 __device__ __forceinline__ void softmax(
-    float (&s)[32], const float* bias, float scale, State& state, u32 (&p)[4][4],
+    float (&s)[SCORED / 2], const float* bias, float scale, u8* area, State& state, u32 (&p)[4][4],
     float (&alpha)[2], float (&beta)[2]) {
     float top[2] = {-INFINITE, -INFINITE}, total[2] = {0.f, 0.f};
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < SCORED / 8; j++) {
         float2 b = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -335,6 +380,10 @@ __device__ __forceinline__ void softmax(
     for (int k = 0; k < 2; k++) {
         top[k] = fmaxf(top[k], __shfl_xor_sync(~0u, top[k], 1));
         top[k] = fmaxf(top[k], __shfl_xor_sync(~0u, top[k], 2));
+    }
+    if (KEYED) exchange_top(area, top);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
         top[k] = fmaxf(ceilf(top[k]), NO_KEYS);
         float reference = fmaxf(state.m[k], top[k]);
         alpha[k] = power_of_two(state.m[k] - reference);
@@ -342,12 +391,18 @@ __device__ __forceinline__ void softmax(
         state.m[k] = reference;
     }
 #pragma unroll
+    for (int j = 0; j < SCORED / 8; j++) {
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+            p[j / 2][j % 2 * 2 + k] = pack_bf16(
+                exp2_approx(s[4 * j + 2 * k] - top[k]), exp2_approx(s[4 * j + 2 * k + 1] - top[k]));
+    }
+    if (KEYED) exchange_weights(area, p);
+#pragma unroll
     for (int j = 0; j < 8; j++) {
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            u32 pair = pack_bf16(
-                exp2_approx(s[4 * j + 2 * k] - top[k]), exp2_approx(s[4 * j + 2 * k + 1] - top[k]));
-            p[j / 2][j % 2 * 2 + k] = pair;
+            u32 pair = p[j / 2][j % 2 * 2 + k];
             total[k] += low_half(pair) + high_half(pair);
         }
     }
@@ -386,9 +441,11 @@ __device__ __forceinline__ void attend_tile(
     int wg = threadIdx.x / 128, stage = n % STAGES;
     u32 heads = matrix_at(shared_address(smem));
     u32 keys = matrix_at(shared_address(smem) + MATRIX_BYTES * (1 + stage));
+    u32 scored = keys + (KEYED ? wg * SCORED * 128 >> 4 : 0);
     u32 own = keys + ((query.share * 2 + wg) * CHUNKS * BLOCK_BYTES >> 4);
-    const float* bias = reinterpret_cast<const float*>(smem + BIAS_AT) + stage * TILE;
-    float s[32], fresh[32], alpha[2], beta[2];
+    int key = KEYED ? wg * SCORED : 0;  // the first that this warp group scores
+    const float* bias = reinterpret_cast<const float*>(smem + BIAS_AT) + stage * TILE + key;
+    float s[SCORED / 2], fresh[32], alpha[2], beta[2];
     u32 weights[4][4];
     barrier_wait(full + 8 * stage, n / STAGES & 1);
     if (ORDERED) take_turn(wg);
@@ -396,7 +453,7 @@ __device__ __forceinline__ void attend_tile(
 #pragma unroll
     for (int k = 0; k < 32; k++) {
         int at = k / 4 * BLOCK_BYTES + k % 4 * 32;
-        multiply_keys(s, descriptor(heads, at), descriptor(keys, at), k);
+        multiply_keys(s, descriptor(heads, at), descriptor(scored, at), k);
     }
     matrix_commit();
     bool gives = ORDERED && !(wg == 1 && is_last);
@@ -404,8 +461,9 @@ __device__ __forceinline__ void attend_tile(
     matrix_wait<0>();
     if (ORDERED == 2 && gives) give_turn(1 - wg);
     hold(s);
-    if (ORDERED) barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
-    softmax(s, bias, p.scale, state, weights, alpha, beta);
+    constexpr bool EARLY = ORDERED || KEYED;
+    if (EARLY) barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
+    softmax(s, bias, p.scale, smem + EXCHANGE_AT, state, weights, alpha, beta);
     bool is_rescaled = __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
@@ -413,7 +471,7 @@ __device__ __forceinline__ void attend_tile(
         matrix_wait<0>();
         if (c == CHUNKS - 1) {
             barrier_arrive(empty + 16 * stage + 8 * wg);
-            if (!ORDERED) barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
+            if (!EARLY) barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
         }
         merge(state.acc[c], fresh, alpha, beta, is_rescaled);
     }

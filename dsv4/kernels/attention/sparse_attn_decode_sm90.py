@@ -25,19 +25,23 @@ from dsv4.kernels.common.attention_checks import LOG2_E, Output, Shape, check_at
 from dsv4.kernels.common.cuda import Source, load, why_not
 
 __all__ = ["REFERENCE", "outputs"]
-CONFIG = {"threads": 512, "shared_bytes": 3 * 65536 + 2 * 64 * 4 + 48 + 1024}
+CONFIG = {"threads": 512, "shared_bytes": 3 * 65536 + 2 * 64 * 4 + 48 + 10240 + 1024}
 HEADS, DIMS = 64, 512
 SPLITS: tuple[int, ...] = ()  # of 4, 2, 1: clusters that may share the value dims of a token
 MAX_CLUSTER, MAX_EACH = 16, 2  # blocks of a cluster; tiles of a block, where 4 share the dims
 ORDERED = 0  # whether warp groups take turns in scoring; 1 and 2 as in the device code
+KEYED = False  # whether each warp group scores half of the keys
 LEAN = True  # whether matrices are addressed by one addition
 
 
 @cache
-def source(is_fp8: bool, split: int = 0, ordered: int = 0, lean: bool = True) -> Source:
+def source(
+    is_fp8: bool, split: int = 0, ordered: int = 0, lean: bool = True, keyed: bool = False
+) -> Source:
     """The device function for a result in BF16 or in FP8; split: clusters that share the dims."""
     path = Path(__file__).with_suffix(".cu")
-    defines = {"FP8": is_fp8, "SPLIT": split, "ORDERED": 0 if split else ordered, "LEAN": lean}
+    defines = {"FP8": is_fp8, "SPLIT": split, "ORDERED": 0 if split or keyed else ordered}
+    defines |= {"LEAN": lean, "KEYED": keyed}
     return Source.of(path, "sparse_attn_sm90_kernel", {k: int(v) for k, v in defines.items()})
 
 
@@ -135,7 +139,7 @@ def run(
     is_rotated = cos is not None
     angles = (cos, sin) if is_rotated else (sink, sink)
     chosen = page_table if entries is None else entries
-    kernel = source(out.scale is not None, split, ORDERED, LEAN)
+    kernel = source(out.scale is not None, split, ORDERED, LEAN, KEYED)
     load(kernel, q.device, CONFIG["shared_bytes"]).launch(
         shape.T * -(-shape.H // HEADS) * parts * max(split, 1), CONFIG["threads"],
         q, step, window, pages, page_table, chosen, slot, position, first_row, first_position,
