@@ -196,7 +196,8 @@ def test_half_an_angle_is_refused(name: str) -> None:
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 17])
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_any_number_of_tiles(tiles: int, more: int, monkeypatch: Any) -> None:
-    monkeypatch.setitem(kernel.CONFIG, "BLOCK", 16)
+    tile = {"QUERIES": 1, "BLOCK": 16, "STAGES": 3}
+    monkeypatch.setitem(kernel.CONFIG, "TILES", ((0, tile),))
     monkeypatch.setitem(select_kernel.CONFIG, "BLOCK", 64)
     entries = 16 * tiles + more
     case = indexer_case([(4 * entries - 1, 1)], 8, num_heads=4, seed=tiles)
@@ -243,9 +244,9 @@ def draw_case(data: st.DataObject) -> IndexerCase:
 def test_choice_fuzzed(data: st.DataObject) -> None:
     case = draw_case(data)
     old = dict(kernel.CONFIG)
-    kernel.CONFIG["BLOCK"] = data.draw(st.sampled_from([16, 64, 128]))
-    kernel.CONFIG["QUERIES"] = ((data.draw(st.sampled_from([1, 2, 4])), 0),)
-    kernel.CONFIG["STAGES"] = data.draw(st.sampled_from([1, 3]))
+    tile = {"BLOCK": [16, 64, 128], "QUERIES": [1, 2, 4], "STAGES": [1, 3]}
+    drawn = {key: data.draw(st.sampled_from(values)) for key, values in tile.items()}
+    kernel.CONFIG["TILES"] = ((0, drawn),)
     kernel.CONFIG["PROGRAMS"] = data.draw(st.sampled_from([1, 3, 100]))
     try:
         got = choose(case)
@@ -258,9 +259,10 @@ def test_choice_fuzzed(data: st.DataObject) -> None:
 def test_neighbours_splits_and_scratch_change_nothing(keys: Any, monkeypatch: Any) -> None:
     case = indexer_case([(300, 2), (30, 1), (501, 1)], 16, keys, num_heads=4, padding=1)
     want = choose(case)
-    monkeypatch.setitem(kernel.CONFIG, "BLOCK", 32)
+    tiles = [((0, {"QUERIES": n, "BLOCK": 32, "STAGES": 3}),) for n in (1, 2, 4)]
+    monkeypatch.setitem(kernel.CONFIG, "TILES", tiles[0])
     for name, value in (
-        ("PROGRAMS", 1), ("PROGRAMS", 9), ("QUERIES", ((4, 0),)), ("QUERIES", ((2, 0),)),
+        ("PROGRAMS", 1), ("PROGRAMS", 9), ("TILES", tiles[1]), ("TILES", tiles[2]),
         ("SCRATCH_BYTES", 1),
     ):  # fmt: skip
         with monkeypatch.context() as m:
@@ -399,9 +401,9 @@ def test_planted_bugs_are_found(bug: str | None, tmp_path: Path, monkeypatch: An
     old, new = ("", "") if bug is None else BUGS[bug]
     text = "REFERENCE = " if bug is None else old
     module = planted(str(kernel.__file__), text, new if bug else text, tmp_path)
-    monkeypatch.setitem(module.CONFIG, "BLOCK", 16)
+    tile = {"QUERIES": 1, "BLOCK": 16, "STAGES": 1}
+    monkeypatch.setitem(module.CONFIG, "TILES", ((0, tile),))
     monkeypatch.setitem(module.CONFIG, "PROGRAMS", 8)
-    monkeypatch.setitem(module.CONFIG, "STAGES", 1)
     args = case.to(DEVICE).args()
     out = module.outputs(**args)
     module.launch(**args, out=out)

@@ -48,11 +48,16 @@ from dsv4.kernels.common.vectors import hadamard, rope
 from dsv4.kernels.indexer.topk_select import launch_select, winner_shape
 
 REFERENCE = "dsv4.reference.paged_indexer:indexer_scores_topk"
-# BLOCK, PROGRAMS, STAGES: swept on H200, FP8 keys, 64 requests of 32K tokens (42.8 us of scores).
-# QUERIES that a program takes, from how many on. SCRATCH_BYTES: 64 queries of a million tokens.
+# TILES from so many queries on: QUERIES that a program takes, BLOCK keys of a tile, STAGES of tiles
+# under way. They and PROGRAMS were swept on an H200 at 64 requests of 32K tokens; one dot for all
+# heads of a key gives its score the same bits in any of them. SCRATCH_BYTES: 64 queries of a
+# million tokens.
 CONFIG = {
-    "HEADS": 4, "BLOCK": 128, "PROGRAMS": 528, "QUERIES": ((4, 256), (1, 0)), "STAGES": 3,
-    "num_warps": 4, "SCRATCH_BYTES": 64 << 20,
+    "HEADS": 4, "PROGRAMS": 528, "num_warps": 4, "SCRATCH_BYTES": 64 << 20,
+    "TILES": (
+        (256, {"QUERIES": 4, "BLOCK": 128, "STAGES": 3}),
+        (0, {"QUERIES": 1, "BLOCK": 64, "STAGES": 5}),
+    ),
 }  # fmt: skip
 _IS_INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -432,16 +437,16 @@ def _launch_scores(
     page_table: Tensor, scores: Tensor, ratio: int, entries_per_page: int, topk: int, keys: str,
 ) -> None:  # fmt: skip
     T, I, J = query.shape
-    S, block = scores.shape[1], CONFIG["BLOCK"]
-    queries = next(n for n, least in CONFIG["QUERIES"] if least <= T)
-    blocks = triton.cdiv(T, queries)
-    splits = min(max(CONFIG["PROGRAMS"] // blocks, 1), triton.cdiv(S, block))
-    stages = CONFIG["STAGES"] if splits * block < S else 1
+    S = scores.shape[1]
+    tile = next(tile for least, tile in CONFIG["TILES"] if least <= T)
+    blocks = triton.cdiv(T, tile["QUERIES"])
+    splits = min(max(CONFIG["PROGRAMS"] // blocks, 1), triton.cdiv(S, tile["BLOCK"]))
+    stages = tile["STAGES"] if splits * tile["BLOCK"] < S else 1
     indexer_scores_topk_kernel[(blocks, splits)](
         query, weights, slot, position, pages, page_table, scores, T, S, I, ratio, S,
         pages.shape[1], page_table.stride(0), K=topk, J=J,
         BLOCK_I=max(16, triton.next_power_of_2(I)), PER_PAGE=entries_per_page,
-        MXFP4=keys == "mxfp4", BLOCK=block, QUERIES=queries, STAGES=stages,
+        MXFP4=keys == "mxfp4", BLOCK=tile["BLOCK"], QUERIES=tile["QUERIES"], STAGES=stages,
         num_warps=CONFIG["num_warps"],
         **PDL, **EXACT,
     )  # fmt: skip
