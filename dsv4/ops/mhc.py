@@ -8,19 +8,22 @@ from dsv4.core.dispatch import select
 from dsv4.core.op import dsv4_op
 from dsv4.kernels import mhc as kernels
 
-# Best first. The first of each takes BF16 streams of some widths; see `_kernel`.
+FEW_TOKENS = 0  # up to how many (at most 8) small blocks stand in for a cluster; same bits
+# Best first. All but the last of each take BF16 streams of some widths; see `_kernel`.
 MHC_POST_PRE = (kernels.mhc_post_pre_sm90, kernels.mhc_post_pre)
+MHC_POST_PRE_FEW = (kernels.mhc_post_pre_few_sm90, *MHC_POST_PRE)
 MHC_PRE_NORM = (kernels.mhc_pre_norm_sm90, kernels.mhc_pre_norm)
 MHC_POST = (kernels.mhc_post.SPEC,)
 HC_HEAD_NORM = (kernels.hc_head_norm_sm90, kernels.hc_head_norm)
 
 
-def _kernel(modules: tuple[ModuleType, ModuleType], x: Tensor) -> ModuleType:
-    """The first whose dtype, width and device fit. The number of tokens plays no part."""
-    wide, portable = modules
-    fits = x.dim() == 3 and wide.why_not(x) is None
-    specs = (wide.SPEC, portable.SPEC) if fits else (portable.SPEC,)
-    return wide if select(specs, x.device) is wide.SPEC else portable
+def _kernel(modules: tuple[ModuleType, ...], x: Tensor) -> ModuleType:
+    """The first whose dtype, width and device fit."""
+    *wide, portable = modules
+    fitting = [m for m in wide if x.dim() == 3 and m.why_not(x) is None]
+    found = (*fitting, portable)
+    spec = select(tuple(m.SPEC for m in found), x.device)
+    return next(m for m in found if m.SPEC is spec)
 
 
 @dsv4_op(fake=lambda *args: kernels.mhc_post_pre.outputs(*args)[:6])
@@ -30,7 +33,8 @@ def mhc_post_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See dsv4.reference.mhc.mhc_post_pre."""
     args = (o, x, post, comb, fn, scale, base, norm, iters, norm_eps, eps, quantise)
-    kernel = _kernel(MHC_POST_PRE, x)
+    is_few = x.dim() == 3 and x.shape[0] <= FEW_TOKENS and not quantise
+    kernel = _kernel(MHC_POST_PRE_FEW if is_few else MHC_POST_PRE, x)
     out = kernel.outputs(*args)
     kernel.launch(*args, out)
     streams, y, new_post, new_comb, value, fp8_scale = out[:6]

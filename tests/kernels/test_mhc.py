@@ -1,5 +1,7 @@
 """mHC kernels against dsv4.reference.mhc in FP64, and against themselves token by token."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels import mhc as kernels
+from dsv4.kernels.common import cuda
 from dsv4.ops import mhc as ops
 from dsv4.reference import mhc as oracle
 from dsv4.reference.quant import fp8_act_quantize
@@ -208,3 +211,83 @@ def test_names_the_bad_argument(op: str, name: str, spoil: Any, message: str, D:
 def test_the_fp8_copy_needs_whole_groups() -> None:
     with pytest.raises(ValueError, match="x: expected a last dim divisible by 128, got 200"):
         run("mhc_pre_norm", mhc_case("mhc_pre_norm", 2, 200, quantise=True, device=DEVICE))
+
+
+def test_which_kernels_take_few_tokens() -> None:
+    x, few = torch.zeros(8, 4, 4096, dtype=BF16), kernels.mhc_post_pre_few_sm90
+    assert few.why_not(x) is None
+    assert few.why_not(x[:0]) is None
+    for other, reason in (
+        (torch.zeros(9, 4, 4096, dtype=BF16), "at most 8 tokens, got 9"),
+        (x.float(), "expected torch.bfloat16"),
+        (torch.zeros(1, 4, 4224, dtype=BF16), "a multiple of 1024"),
+    ):
+        assert reason in (few.why_not(other) or "")
+    assert "FP8" in (few.why_not(x, quantise=True) or "")
+    assert few.EXCHANGE_INTS * 4 == 8 * 5 * 224 * 2 * 16 + 8 * 224 * 8 + 9 * 4
+
+
+@pytest.mark.parametrize("most", [0, 1, 8])
+def test_few_tokens_take_small_blocks(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """One constant says up to how many; a copy in FP8 and other widths stay where they were."""
+    used: list[str] = []
+    for name in ("mhc_post_pre_few_sm90", "mhc_post_pre_sm90", "mhc_post_pre"):
+        monkeypatch.setattr(
+            getattr(kernels, name), "launch", lambda *args, name=name, **kwargs: used.append(name)
+        )
+    monkeypatch.setattr(ops, "select", lambda specs, device: specs[0])
+    monkeypatch.setattr(ops, "FEW_TOKENS", most)
+    calls = [(1, 1024, False), (8, 1024, False), (9, 1024, False), (1, 1024, True), (1, 256, False)]
+    for T, D, quantise in calls:
+        ops.mhc_post_pre(**mhc_case("mhc_post_pre", T, D, quantise=quantise))
+    few, wide = "mhc_post_pre_few_sm90", "mhc_post_pre_sm90"
+    assert used == [few if most >= T else wide for T in (1, 8)] + [wide, wide, "mhc_post_pre"]
+
+
+def test_memory_of_a_capture_and_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stream has its own, each capture others for as long as it lasts."""
+    at = SimpleNamespace(cuda_stream=7)
+    capture = [0]
+    result = SimpleNamespace(CUDA_SUCCESS=0)
+    driver = SimpleNamespace(
+        CUresult=result, cuStreamGetCaptureInfo=lambda stream: (0, None, capture[0], None, [], 0)
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: at)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capture[0] > 0)
+    monkeypatch.setattr(cuda, "driver", driver)
+    monkeypatch.setattr(cuda, "_kept", {})
+    device = torch.device("cpu")
+
+    def memory(stream: int, of: int) -> Tensor:
+        at.cuda_stream, capture[0] = stream, of
+        return cuda.kept_memory(device, 9)
+
+    seven = memory(7, 0)
+    assert seven.tolist() == [0] * 9
+    assert memory(7, 0) is seven
+    first = [memory(7, 0), memory(8, 0), memory(7, 1), memory(8, 1)]
+    assert len({id(x) for x in first}) == 4
+    assert memory(8, 1) is first[3]
+    again = memory(7, 2)
+    assert all(again is not x for x in first)
+    assert [key[1] for key in cuda._kept] == [0, 0, 2]
+    assert memory(7, 0) is seven
+
+
+def test_a_source_holds_what_stands_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And a change of that makes another cubin."""
+    texts: list[bytes] = []
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    monkeypatch.setattr(cuda, "_nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(cuda, "_cache_folder", lambda: tmp_path / "cubin")
+    monkeypatch.setattr(cuda, "_compile", lambda text, *args: texts.append(text) or text)
+    shared, own = tmp_path / "shared.cu", tmp_path / "own.cu"
+    shared.write_text("int a;\n")
+    own.write_text("int b;\n")
+    source = cuda.Source.of(own, "own", {}, (shared,))
+    assert source.compile("sm_90a") == source.compile("sm_90a")
+    assert texts == [b'#line 1 "shared.cu"\nint a;\n#line 1 "own.cu"\nint b;\n']
+    shared.write_text("int c;\n")
+    assert b"int c" in source.compile("sm_90a")

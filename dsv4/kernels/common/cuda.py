@@ -40,22 +40,27 @@ class Source:
     path     of the .cu file
     name     of the extern "C" function
     defines  macros, as sorted pairs; they are the constants a Triton kernel takes as constexpr
+    before   .cu files that stand in front of it, in one text: what several kernels share
     """
 
     path: Path
     name: str
     defines: tuple[tuple[str, int], ...]
+    before: tuple[Path, ...] = ()
 
     @classmethod
-    def of(cls, path: Path, name: str, defines: Mapping[str, int]) -> Source:
+    def of(
+        cls, path: Path, name: str, defines: Mapping[str, int], before: tuple[Path, ...] = ()
+    ) -> Source:
         """From a mapping of macros."""
-        return cls(path, name, tuple(sorted(defines.items())))
+        return cls(path, name, tuple(sorted(defines.items())), before)
 
     def compile(self, arch: str) -> bytes:
         """The cubin for `arch`, "sm_90a". Raises RuntimeError with the compiler's log."""
         if reason := why_not():
             raise KernelUnavailable(f"{self.name}: {reason}")
-        text = self.path.read_bytes()
+        files = (*self.before, self.path)
+        text = b"".join(b'#line 1 "%s"\n' % f.name.encode() + f.read_bytes() for f in files)
         options = [f"--gpu-architecture={arch}", "--std=c++17", "--fmad=true"]
         options += [f"-D{key}={value}" for key, value in self.defines]
         stamp = b"\0".join([text, *(o.encode() for o in options), repr(_nvrtc_version()).encode()])
@@ -173,6 +178,28 @@ def zeroed_counters(device: torch.device, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)  # zeroed at every replay
     _used[device] = start + count
     return arena[start : start + count]
+
+
+_kept: dict[tuple[torch.device, int, int, int], Tensor] = {}
+
+
+def kept_memory(device: torch.device, count: int) -> Tensor:
+    """Int32 memory in which a launch finds what the launch before has left; zeros for the first.
+
+    One for each stream; for each stream of a capture another, zero again when a replay begins. So
+    no two launches of a kernel that waits for those before it use the same at a time.
+    """
+    stream, capture = torch.cuda.current_stream(device).cuda_stream, 0
+    if torch.cuda.is_current_stream_capturing():
+        status, _, capture, *_ = driver.cuStreamGetCaptureInfo(stream)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cuStreamGetCaptureInfo: {status}")
+        for key in [k for k in _kept if k[0] == device and k[1] not in (0, int(capture))]:
+            del _kept[key]  # a capture that has ended: its graph keeps the memory
+    key = device, int(capture), stream, count
+    if key not in _kept:
+        _kept[key] = torch.zeros(count, dtype=torch.int32, device=device)
+    return _kept[key]
 
 
 @contextmanager

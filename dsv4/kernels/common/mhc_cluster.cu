@@ -10,11 +10,9 @@
 // them. A token's arithmetic depends on neither its place in a tile nor the number of tokens.
 //
 // Constants: D a multiple of 1024, ROWS 24 (or 4: the head), POST, QUANTISE, NORM_BF16, KERNEL.
+// Follows mhc_device.cu in one text.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-constexpr int CTAS = 16, TILE = 16, N = 4;
+constexpr int TILE = 16;
 constexpr int SLAB = D / CTAS, WARPS = SLAB / 32, COMPUTE = 32 * WARPS, THREADS = COMPUTE + 32;
 constexpr int COLS = ROWS + 1;  // the products and the sum of squares
 constexpr int NB = ROWS == 24 ? 3 : 1;
@@ -102,69 +100,6 @@ __device__ __forceinline__ void compute_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(COMPUTE) : "memory");
 }
 
-__device__ __forceinline__ uint4 load16(const void *p, bool live) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (live)
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ void store16(void *p, uint4 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
-               : "memory");
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// ---- numbers
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
-__device__ __forceinline__ u32 pack(float lo, float hi) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
-}
-
-__device__ __forceinline__ u32 &word(uint4 &v, int i) { return (&v.x)[i]; }
-
-// The upper halves of two numbers, and what is left of each.
-__device__ __forceinline__ u32 split(float &a, float &b) {
-  u32 x = __float_as_uint(a), y = __float_as_uint(b);
-  a -= __uint_as_float(x & 0xFFFF0000u);
-  b -= __uint_as_float(y & 0xFFFF0000u);
-  return __byte_perm(x, y, 0x7632);
-}
-
-__device__ __forceinline__ float quad_sum(float v) {
-  v += __shfl_xor_sync(~0u, v, 1);
-  return v + __shfl_xor_sync(~0u, v, 2);
-}
-
-__device__ __forceinline__ u32 quad_max(u32 v) {
-  v = max(v, __shfl_xor_sync(~0u, v, 1));
-  return max(v, __shfl_xor_sync(~0u, v, 2));
-}
-
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__device__ __forceinline__ float inverse_root(float x) { return __frcp_rn(__fsqrt_rn(x)); }
-
-__device__ __forceinline__ float reciprocal(float x) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
-
 // ---- what a thread of the computing warps holds: tokens g and g + 8, 8 columns
 
 struct Raw {
@@ -189,37 +124,6 @@ __device__ __forceinline__ void load_tile(Raw &raw, const Args &a, int tile, int
       raw.coef[i] = 0.0f;
       if (at < TILE * COEFS && t < a.T)
         raw.coef[i] = c < N ? a.post[t * N + c] : a.comb[t * N * N + c - N];
-    }
-  }
-}
-
-// X'_k = post_k o + sum_j comb_jk X_j of one token, rounded; adds the squares.
-__device__ __forceinline__ void make_streams(
-    uint4 (&out)[N], uint4 &o, uint4 (&x)[N], const float *coef, float &squares) {
-  float post[N], comb[N][N];
-#pragma unroll
-  for (int k = 0; k < N; k++) {
-    post[k] = POST ? coef[k] : 0.0f;
-#pragma unroll
-    for (int j = 0; j < N; j++) comb[j][k] = POST ? coef[N + j * N + k] : 0.0f;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-      if (POST) {
-        float lo = post[k] * low(word(o, i)), hi = post[k] * high(word(o, i));
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-          lo = fmaf(comb[j][k], low(word(x[j], i)), lo);
-          hi = fmaf(comb[j][k], high(word(x[j], i)), hi);
-        }
-        word(out[k], i) = pack(lo, hi);
-      } else {
-        word(out[k], i) = word(x[k], i);
-      }
-      squares = fmaf(low(word(out[k], i)), low(word(out[k], i)), squares);
-      squares = fmaf(high(word(out[k], i)), high(word(out[k], i)), squares);
     }
   }
 }
@@ -289,24 +193,6 @@ __device__ __forceinline__ void send_partials(
     for (int w = 0; w < WARPS; w++) v += s.red[(w * TILE + token) * RED_STRIDE + column];
     send(remote(address(&s.part[p][rank][column]), token),
          remote(address(&s.part_bar[p]), token), v);
-  }
-}
-
-// y = sum_j pre_j X_j of one token, and its squares.
-__device__ __forceinline__ void collapse(
-    float (&y)[8], uint4 (&x)[N], const float *pre, float &squares) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    float lo = 0.0f, hi = 0.0f;
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      lo = fmaf(pre[j], low(word(x[j], i)), lo);
-      hi = fmaf(pre[j], high(word(x[j], i)), hi);
-    }
-    y[2 * i] = lo;
-    y[2 * i + 1] = hi;
-    squares = fmaf(lo, lo, squares);
-    squares = fmaf(hi, hi, squares);
   }
 }
 
@@ -501,41 +387,6 @@ __device__ void compute_warps(Shared &s, const Args &a, u32 rank, int first, int
   }
 }
 
-// comb of one token, of scaled and shifted mixes; every lane holds all of it.
-__device__ __forceinline__ void sinkhorn(float (&c)[N][N], int iters, float eps) {
-#pragma unroll
-  for (int j = 0; j < N; j++) {
-    const float top = fmaxf(fmaxf(c[j][0], c[j][1]), fmaxf(c[j][2], c[j][3]));
-#pragma unroll
-    for (int k = 0; k < N; k++) c[j][k] = expf(c[j][k] - top);
-    const float r = 1.0f / ((c[j][0] + c[j][1]) + (c[j][2] + c[j][3]));
-#pragma unroll
-    for (int k = 0; k < N; k++) c[j][k] = fmaf(c[j][k], r, eps);
-  }
-#pragma unroll 1
-  for (int i = 0; i < 2 * iters - 1; i++) {
-    // Columns first; transposed, the next round does the rows.
-    float sum[N], r[N];
-#pragma unroll
-    for (int k = 0; k < N; k++) sum[k] = (c[0][k] + c[1][k]) + (c[2][k] + c[3][k]) + eps;
-#pragma unroll
-    for (int k = 0; k < N; k += 2) {  // one reciprocal for two: they take turns on their unit
-      const float both = reciprocal(sum[k] * sum[k + 1]);
-      r[k] = both * sum[k + 1];
-      r[k + 1] = both * sum[k];
-    }
-    float next[N][N];
-#pragma unroll
-    for (int j = 0; j < N; j++)
-#pragma unroll
-      for (int k = 0; k < N; k++) next[k][j] = c[j][k] * r[k];
-#pragma unroll
-    for (int j = 0; j < N; j++)
-#pragma unroll
-      for (int k = 0; k < N; k++) c[j][k] = next[j][k];
-  }
-}
-
 // The last warp: sums and maps of the token that the block owns.
 __device__ void owner_warp(Shared &s, const Args &a, u32 rank, int first, int step) {
   const int lane = threadIdx.x & 31, tiles = (a.T + TILE - 1) / TILE;
@@ -551,8 +402,7 @@ __device__ void owner_warp(Shared &s, const Args &a, u32 rank, int first, int st
     float v = 0.0f;
 #pragma unroll
     for (int r = 0; r < CTAS; r++) v += lane < COLS ? s.part[p][r][lane] : 0.0f;
-    const float mean = __shfl_sync(~0u, v, ROWS) / (N * D);
-    v = fmaf(v * inverse_root(mean + a.norm_eps), gain, base);
+    v = scaled_mix(v, gain, base, a.norm_eps);
     const float gate = sigmoid(v), pre = gate + a.eps;
     float all[N];
 #pragma unroll
@@ -561,21 +411,7 @@ __device__ void owner_warp(Shared &s, const Args &a, u32 rank, int first, int st
       send4(remote(address(&s.pre[p][rank][0]), lane), remote(address(&s.pre_bar[p]), lane),
             all[0], all[1], all[2], all[3]);
     const long long t = (long long)tile * TILE + rank;
-    if (ROWS == 24 && t < a.T) {
-      if (lane >= N && lane < 2 * N) a.new_post[t * N + lane - N] = 2.0f * gate;
-      float c[N][N];
-#pragma unroll
-      for (int j = 0; j < N; j++)
-#pragma unroll
-        for (int k = 0; k < N; k++) c[j][k] = __shfl_sync(~0u, v, 2 * N + j * N + k);
-      sinkhorn(c, a.iters, a.eps);
-      // An odd number of half rounds has left it transposed.
-      if (lane < N)
-#pragma unroll
-        for (int j = 0; j < N; j++)
-          a.new_comb[t * N * N + j * N + lane] =
-              lane == 0 ? c[0][j] : lane == 1 ? c[1][j] : lane == 2 ? c[2][j] : c[3][j];
-    }
+    if (ROWS == 24 && t < a.T) store_maps(v, gate, a.new_post, a.new_comb, t, a.iters, a.eps);
     phase ^= p;
     p ^= 1;
   }

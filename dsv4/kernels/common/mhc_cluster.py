@@ -16,6 +16,7 @@ from dsv4.kernels.common.mhc import N
 
 CTAS, TILE = 16, 16  # blocks of a cluster, tokens of a tile
 MAX_D = 7168  # what fits into shared memory
+DEVICE = Path(__file__).with_name("mhc_device.cu")  # stands in front of the kernels' text
 _POINTERS = (
     "o", "x", "post", "comb", "fn", "scale", "base", "norm", "streams", "y", "new_post", "new_comb",
     "value", "fp8_scale",
@@ -52,7 +53,7 @@ def source(
         "KERNEL": name, "D": D, "ROWS": rows, "POST": int(post), "QUANTISE": int(quantise),
         "NORM_BF16": int(norm_bf16),
     }  # fmt: skip
-    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines)
+    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines, (DEVICE,))
 
 
 def plan(D: int, rows: int, quantise: bool) -> tuple[int, int]:
