@@ -3,6 +3,7 @@
 
 python scripts/agreement.py nano                  # 200 prompts, 16 tokens each, on a GPU
 python scripts/agreement.py nano --dtype float32  # tier 1 in FP32
+python scripts/agreement.py nano --rounding       # tier 1 in BF16 against FP32 (CPU, 8 minutes)
 
 Half the prompts are questions about facts, half are pieces of text. Tier 2 answers all of them
 together; tier 1 then reads each prompt with tier 2's answer, and must itself choose every token of
@@ -11,7 +12,7 @@ of tier 2 is at most NEAR times the error of tier 2's logits: root mean square o
 both have read. The exit code is 1 unless 95 % of the questions get the same answer, 95 % of the
 tokens that follow a text are the same, and all misses are near-ties. Whole answers to texts are
 counted but not judged: a trained model of this size is often undecided between two words, and what
-follows the first of them is another text.
+follows the first of them is another text. `--rounding` shows how much of that BF16 alone does.
 """
 
 from __future__ import annotations
@@ -76,10 +77,24 @@ def prompts_of(
     return facts, pieces
 
 
-def greedy_answers(
+def answers_of_tier_1(
+    model: ReferenceModel, prompts: Sequence[list[int]], max_new: int
+) -> list[list[int]]:
+    """One after another."""
+    answers = []
+    for prompt in prompts:
+        cache, ids, answer = model.new_cache(), torch.tensor(prompt, device=model.device), []
+        for _ in range(max_new):
+            ids = model.forward(ids, cache)[-1:].argmax(dim=1)
+            answer.append(int(ids))
+        answers.append(answer)
+    return answers
+
+
+def answers_of_tier_2(
     model: ProductionModel, prompts: Sequence[list[int]], max_new: int
 ) -> list[list[int]]:
-    """Of tier 2, all together."""
+    """All together."""
     engine = Engine(model)
     params = SamplingParams(temperature=0, max_tokens=max_new, ignore_eos=True)
     requests = [engine.add(prompt, params) for prompt in prompts]
@@ -104,9 +119,10 @@ class Comparison:
 
 
 def compare(
-    reference: ReferenceModel, one: SingleSequence, prompt: list[int], answer: list[int]
-) -> Comparison:
-    """Let both read a prompt and tier 2's answer."""
+    reference: ReferenceModel, one: SingleSequence | ReferenceModel, prompt: list[int],
+    answer: list[int],
+) -> Comparison:  # fmt: skip
+    """Let both read a prompt and the answer of `one`, which is tier 2."""
     ids = torch.tensor(prompt + answer[:-1], device=one.device)
     first = len(prompt) - 1
     wanted = reference.forward(ids, reference.new_cache())[first:].double()
@@ -163,20 +179,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="tier 1"
     )
+    parser.add_argument("--rounding", action="store_true",
+                        help="tier 1 in BF16 takes the place of tier 2, tier 1 in FP32 its own"
+                        )  # fmt: skip
     parser.add_argument("--prompts", type=int, default=200, help="2 or more (default 200)")
     parser.add_argument("--max-new", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     folder = model_folder(args.model)
     checkpoint, tokenizer = Checkpoint.open(folder), Tokenizer.open(folder)
-    stored = checkpoint.stream(keep=of_trunk)
-    model = ProductionModel(checkpoint.config, stored, args.device, LIMITS)
-    dtype = getattr(torch, args.dtype)
-    reference = ReferenceModel(checkpoint.config, checkpoint.load(), dtype, device=args.device)
     facts, texts = prompts_of(tokenizer, args.prompts, args.seed)
-    prompts = facts + texts
-    answers = greedy_answers(model, prompts, args.max_new)
-    one, pairs = SingleSequence(model), zip(prompts, answers, strict=True)
+    prompts, weights = facts + texts, checkpoint.load()
+    if args.rounding:
+        one = ReferenceModel(checkpoint.config, weights, torch.bfloat16)
+        reference = ReferenceModel(checkpoint.config, weights, torch.float32)
+        answers = answers_of_tier_1(one, prompts, args.max_new)
+    else:
+        stored, dtype = checkpoint.stream(keep=of_trunk), getattr(torch, args.dtype)
+        model = ProductionModel(checkpoint.config, stored, args.device, LIMITS)
+        reference = ReferenceModel(checkpoint.config, weights, dtype, device=args.device)
+        answers, one = answers_of_tier_2(model, prompts, args.max_new), SingleSequence(model)
+    pairs = zip(prompts, answers, strict=True)
     results = [compare(reference, one, *pair) for pair in pairs]
     good = report(results[: len(facts)], results[len(facts) :], tokenizer)
     print("PASS" if good else "FAIL")

@@ -42,6 +42,17 @@ def test_nano(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert out.endswith("PASS\n")
 
 
+def test_rounding(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tier 1 with itself: no kernel, no production model."""
+    monkeypatch.setattr(script, "LONGEST", 24)
+    monkeypatch.setattr(script, "ProductionModel", None)
+    assert script.main([*NANO, "--seed", "1", "--rounding"]) == 0
+    out = capsys.readouterr().out
+    assert "questions 2 of 2 answers are equal" in out
+    assert "logits differ by 0.0" in out
+    assert "differ by 0.0000" not in out
+
+
 def test_a_broken_layer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
