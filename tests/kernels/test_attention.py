@@ -289,21 +289,42 @@ def test_division_by_multiplication() -> None:
         assert torch.equal((n * (magic % 2**32)) >> 32 if magic else n, want)
 
 
+# Clusters of a size that one H200 runs at once.
+RESIDENT = {
+    2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15, 9: 9, 10: 7, 11: 7, 12: 7, 13: 7, 14: 7, 15: 7,
+    16: 7,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("programs", "tiles", "want"),
     [
-        (1, 10, (1, 10, 4)), (2, 10, (1, 10, 4)), (3, 10, (1, 10, 2)), (8, 10, (1, 10, 1)),
-        (9, 10, None), (1, 2, (1, 2, 4)), (16, 2, (1, 2, 4)), (17, 2, (1, 2, 2)),
-        (1, 16, (1, 16, 4)), (1, 17, (2, 9, 4)), (2, 32, (2, 16, 4)), (3, 18, None),
+        (1, 10, (1, 10, 4)), (2, 10, (1, 10, 2)), (3, 10, (1, 10, 2)), (4, 10, None),
+        (1, 3, (1, 3, 4)), (8, 3, (1, 3, 4)), (9, 3, (1, 3, 4)), (10, 3, None), (16, 2, (1, 2, 4)),
+        (17, 2, None), (3, 8, (1, 8, 4)), (4, 8, (1, 8, 2)), (7, 8, (1, 8, 2)), (8, 8, None),
+        (4, 7, None), (1, 16, (1, 16, 4)), (3, 16, (1, 16, 2)), (1, 17, (2, 9, 4)),
+        (2, 18, (2, 9, 4)), (3, 18, None), (1, 32, (2, 16, 4)), (2, 32, None),
     ],
 )  # fmt: skip
-def test_clusters_that_fit(
-    programs: int, tiles: int, want: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a device of 8 parts of 16 SMs, none of which holds half a cluster."""
-    monkeypatch.setattr(decode_sm90, "SPLITS", (4, 2, 1))
-    resident = {2: 66, 9: 8, 10: 8, 16: 8}.__getitem__
-    assert decode_sm90.plan_clusters(programs, tiles, resident) == want
+def test_clusters_that_fit(programs: int, tiles: int, want: tuple[int, int, int] | None) -> None:
+    """4 clusters a program where all run at once; else 2, where their blocks share the heads."""
+    assert decode_sm90.plan_clusters(programs, tiles, RESIDENT.__getitem__) == want
+
+
+def test_without_splits_there_are_no_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the tests with a GPU choose the other way."""
+    monkeypatch.setattr(decode_sm90, "SPLITS", {})
+    assert decode_sm90.plan_clusters(1, 10, RESIDENT.__getitem__) is None
+    monkeypatch.setattr(decode_sm90, "SPLITS", {2: 1})
+    assert decode_sm90.plan_clusters(1, 2, RESIDENT.__getitem__) == (1, 2, 2)
+    assert decode_sm90.plan_clusters(1, 17, RESIDENT.__getitem__) is None  # tiles of 4 alone
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_every_way_is_compiled_ahead(is_fp8: bool) -> None:
+    module = getattr(ops.kernels, f"sparse_attn_decode{'_fp8' if is_fp8 else ''}_sm90")
+    compiled = {made for made, _ in module.sources()}
+    assert compiled == {decode_sm90.source(is_fp8, split) for split in (0, *decode_sm90.SPLITS)}
 
 
 # Any shape

@@ -66,15 +66,27 @@ def test_real_sizes(H: int, kind: str, variant: str, monkeypatch: pytest.MonkeyP
             assert_bits_equal("programs", b, a)
 
 
-@pytest.mark.parametrize("splits", [(), (4,), (2,), (1,)])
 @pytest.mark.parametrize("H", [8, 64, 96])
-def test_few_tokens(H: int, splits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clusters, whose warps find the scales, and two kernels."""
-    monkeypatch.setattr(decode_sm90, "SPLITS", splits)
-    for kind in ATTENTION_KINDS.values():
-        for requests in (((3000, 1),), ((3000, 1), (0, 1), (127, 1))):
-            args = AttentionCase(requests, H, 512, 128, padding=1, **kind).args("cuda")
-            assert_rounds("sparse_attn_decode", args)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_few_tokens(H: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters, whose warps find the scales, and two kernels: the same codes, of zeros too."""
+    for requests in (((3000, 1),), ((3000, 1), (0, 1), (127, 1))):
+        case = AttentionCase(requests, H, 512, 128, padding=1, **ATTENTION_KINDS[kind])
+        args, ways, empty = case.args("cuda"), [], len(requests) // 2 + 1
+        args["position"][-empty:] = -1  # padding, and the last of three
+        for splits in ({4: 1}, {2: 1}, {}):
+            monkeypatch.setattr(decode_sm90, "SPLITS", splits)
+            ways.append(assert_rounds("sparse_attn_decode", args))
+        ways.append(assert_rounds("sparse_attn_prefill", args))
+        for other in ways[1:]:
+            for a, b in zip(ways[0], other, strict=True):
+                assert_bits_equal("ways", b, a)
+        for name in OPS:
+            kernel = getattr(ops.kernels, f"{name}_fp8")
+            out = kernel.outputs(**args)
+            kernel.launch(**args, out=out)
+            for a, b in zip(ways[0], out[:2], strict=True):
+                assert_bits_equal("no keys, by Triton", a[-empty:], b[-empty:])
 
 
 @pytest.mark.parametrize("few", [0, 32])

@@ -117,7 +117,11 @@ def test_runs_repeat_bit_for_bit(variant: str) -> None:
 is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
-def with_splits(args: dict[str, Any], splits: tuple[int, ...]) -> Tensor:
+TWO_KERNELS: dict[int, int] = {}
+EITHER_SPLIT: tuple[dict[int, int], ...] = ({4: 1}, {2: 1})
+
+
+def with_splits(args: dict[str, Any], splits: dict[int, int]) -> Tensor:
     """The result if these splits may be chosen; outputs and parts start as NaN."""
     out = decode_sm90.outputs(**args)
     for x in out:
@@ -133,7 +137,7 @@ def with_splits(args: dict[str, Any], splits: tuple[int, ...]) -> Tensor:
     assert out[1].numel() > 0
     assert out[1].isnan().all() == takes_clusters, "the other way was taken"
     if len(splits) == 1 and len(args["q"]) == 1 and args["q"].shape[1] <= 64:
-        assert takes_clusters == (tiles <= 16 or (tiles <= 32 and splits == (4,)))
+        assert takes_clusters == (tiles <= 16 or (tiles <= 32 and 4 in splits))
     return out[0]
 
 
@@ -145,18 +149,22 @@ def listed_tiles(tiles: int, requests: int, H: int, padding: int = 0) -> dict[st
     return case.args("cuda")
 
 
+def by_triton(name: str, args: dict[str, Any]) -> Tensor:
+    """The result of the kernel for any device."""
+    kernel = getattr(ops.kernels, name)
+    out = kernel.outputs(**args)
+    kernel.launch(**args, out=out)
+    return out[0] if isinstance(out, tuple) else out
+
+
 @pytest.mark.skipif(not is_hopper, reason="clusters are of the kernel for Hopper")
 @pytest.mark.parametrize("tiles", [*range(2, 20), 25, 31, 32, 33])
 @pytest.mark.parametrize("H", [8, 64])
-def test_clusters_give_the_bits_of_two_kernels(
-    tiles: int, H: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clusters_give_the_bits_of_two_kernels(tiles: int, H: int) -> None:
     args = listed_tiles(tiles, 1, H)
-    want = with_splits(args, ())
-    for keyed in (False, True):
-        monkeypatch.setattr(decode_sm90, "KEYED", keyed)
-        for split in (4, 2, 1):
-            assert_bits_equal(f"{split} {keyed}", with_splits(args, (split,)), want)
+    want = with_splits(args, TWO_KERNELS)
+    for splits in EITHER_SPLIT:
+        assert_bits_equal(f"{splits}", with_splits(args, splits), want)
     if tiles <= decode_kernel.GROUP:
         assert_bits_equal("prefill", ops.sparse_attn_prefill(**args), want)
 
@@ -173,8 +181,10 @@ def test_clusters_of_any_step(T: int, H: int, kind: str) -> None:
         requests = ((3000, 1), (0, 1), (127, 1), (700, 1), (2047, 1), (64, 2))[:T]
         args = AttentionCase(requests, H, 512, 128, padding=1, **ATTENTION_KINDS[kind]).args("cuda")
     args["position"][-2] = -1 if T > 2 else args["position"][-2]
-    want = with_splits(args, ())
-    for splits in ((4,), (2,), (1,), (4, 2, 1)):
+    want = with_splits(args, TWO_KERNELS)
+    exact = oracle.sparse_attn_decode(**args | {"q": args["q"].double()})
+    assert_as_exact_as("Triton", want, by_triton("sparse_attn_decode", args), exact)
+    for splits in (*EITHER_SPLIT, decode_sm90.SPLITS):
         for _ in range(3):
             assert_bits_equal(f"{splits}", with_splits(args, splits), want)
 
@@ -185,38 +195,44 @@ def test_one_token_is_a_matter_of_clusters() -> None:
     args = listed_tiles(10, 1, 64)
     shape = attention_shape(args["q"], args["page_table"], args["entries"], 64, 64)
     assert decode_sm90.clusters(shape, 10, args["q"].device) == (1, 10, 4)
-    first = with_splits(args, (4, 2, 1))
+    first = with_splits(args, decode_sm90.SPLITS)
     for _ in range(10):
-        assert_bits_equal("again", with_splits(args, (4, 2, 1)), first)
+        assert_bits_equal("again", with_splits(args, decode_sm90.SPLITS), first)
 
 
 @pytest.mark.skipif(not is_hopper, reason="clusters are of the kernel for Hopper")
-@pytest.mark.parametrize("split", [4, 2, 1])
-def test_nan_passes_through_clusters(split: int) -> None:
+@pytest.mark.parametrize("splits", EITHER_SPLIT)
+def test_nan_passes_through_clusters(splits: dict[int, int]) -> None:
     args = listed_tiles(10, 1, 64)
     args["step"][576] = 0xFF  # the scale of the token's own first group
-    got = with_splits(args, (split,))
+    got = with_splits(args, splits)
     assert got.isnan().all()
-    assert_bits_equal("two kernels", got, with_splits(args, ()))
+    assert_bits_equal("two kernels", got, with_splits(args, TWO_KERNELS))
 
 
-@pytest.mark.skipif(not is_hopper, reason="turns are of the kernel for Hopper")
+@pytest.mark.skipif(not is_hopper, reason="clusters are of the kernel for Hopper")
 @pytest.mark.parametrize("H", [16, 64, 128])
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_ways_to_score_do_not_change_bits(
+def test_zeros_of_tokens_without_keys_are_those_of_triton(
     H: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = AttentionCase([(3000, 40), (100, 30), (0, 5)], H, 512, 128, **ATTENTION_KINDS[kind])
-    args, want = case.args("cuda"), {}
-    ways = (0, False, False), (0, True, False), (1, True, False), (2, True, False), (0, True, True)
-    for ordered, lean, keyed in ways:
-        monkeypatch.setattr(decode_sm90, "ORDERED", ordered)
-        monkeypatch.setattr(decode_sm90, "KEYED", keyed)
-        monkeypatch.setattr(decode_sm90, "LEAN", lean)
-        for name in OPS:
-            for _ in range(3):
-                got = getattr(ops, name)(**args)
-                assert_bits_equal(f"{name} {ordered} {keyed}", got, want.setdefault(name, got))
+    """Zero times a sine has a sign. Two clusters, two kernels, one program for all, prefill."""
+    case = AttentionCase(((3000, 1),), H, 512, 128, padding=1, **ATTENTION_KINDS[kind])
+    args = case.args("cuda")
+    args["position"][0] = -1
+    angles = torch.linspace(0, 6.2, 32, device="cuda").expand_as(args["cos"])
+    args |= {"cos": angles.cos().contiguous(), "sin": angles.sin().contiguous()}
+    for signs in ((1, 1), (-1, 1), (1, -1), (-1, -1)):
+        turned = args | {k: s * args[k] for k, s in zip(("cos", "sin"), signs, strict=True)}
+        want = by_triton("sparse_attn_decode", turned)
+        assert (want == 0).all()
+        for splits in (*EITHER_SPLIT, TWO_KERNELS):
+            assert_bits_equal(f"{splits}", with_splits(turned, splits), want)
+        assert_bits_equal("prefill", ops.sparse_attn_prefill(**turned), want)
+        assert_bits_equal("Triton", by_triton("sparse_attn_prefill", turned), want)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_kernel, "FEW_PROGRAMS", 0)
+            assert_bits_equal("groups", ops.sparse_attn_decode(**turned), want)
 
 
 @pytest.mark.parametrize("H", [16, 64])

@@ -1,17 +1,14 @@
 // Attention of 64 heads of one query over tiles of 64 keys, for sm_90a; arguments and numbers are
 // those of sparse_attn_decode.py, the checks are in Python.
 //
-// Warp groups 0 and 1 each score a tile for all heads and keep half of the value dims; groups 2 and 3
-// read records and write them as BF16 into one of two buffers, swizzled in 128-byte rows so that the
-// same bytes serve as keys (dims contiguous) and as values (transposed by the descriptor).
+// Warp groups 0 and 1 each score half of the keys of a tile for all heads, exchange the weights and
+// keep half of the value dims; groups 2 and 3 read records and write them as BF16 into one of two
+// buffers, swizzled in 128-byte rows so that the same bytes serve as keys (dims contiguous) and as
+// values (transposed by the descriptor).
 
-// FP8      whether the result is E4M3 with a scale for 128 dims, not BF16
-// ORDERED  whether the consumers take turns in scoring, so that one multiplies while the other
-//          exponentiates; 1: the next one begins when products are under way, 2: when they are done
-// KEYED    whether each consumer group scores half of the keys for both
-// LEAN     descriptors by one addition
-// SPLIT    0: programs give results, or parts for a combination elsewhere. 1, 2, 4: the tiles of a
-//          token are in blocks of a cluster, which combine them; a block has 512 / SPLIT value dims
+// FP8    whether the result is E4M3 with a scale for 128 dims, not BF16
+// SPLIT  0: programs give results, or parts for a combination elsewhere. 2, 4: the tiles of a token
+//        are in blocks of a cluster, which combine them; a block has 512 / SPLIT value dims
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -26,13 +23,11 @@ constexpr int SHARES = SPLIT ? SPLIT : 1, PIECES = 4 / SHARES;  // of 128 value 
 constexpr int CHUNKS = PIECES;  // of 64 value dims of a warp group
 constexpr int MAX_EACH = SPLIT == 4 ? 2 : 1;  // tiles of a block of a cluster
 constexpr int SUMS_BYTES = PIECES * HEADS * 512, STATS_AT = 2 * MATRIX_BYTES, AHEAD = 16;
-constexpr int SCORED = KEYED ? TILE / 2 : TILE;  // keys that a warp group scores
+constexpr int SCORED = TILE / 2;  // keys that a warp group scores
 constexpr int EXCHANGE_AT = BARRIER_AT + 8 * 3 * STAGES;
 constexpr float NO_KEYS = -1e30f, LOG2_E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7F800000)
 static_assert(HEADS == TILE, "queries and keys have matrices of one size");
-static_assert(!KEYED || !ORDERED, "warp groups that share scores go together");
-static_assert(!SPLIT || !ORDERED, "a block of a cluster has too few tiles for turns");
 static_assert(MAX_EACH * SUMS_BYTES <= STATS_AT, "sums lie over queries and the first keys");
 static_assert(MAX_EACH <= STAGES && AHEAD >= 16, "sizes of a cluster");
 
@@ -81,18 +76,8 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// Named barriers of the consumers: 1 is for all of them, 2 + w for a turn of warp group w.
-
 __device__ __forceinline__ void consumers_sync() {
     asm volatile("bar.sync 1, 256;" ::: "memory");
-}
-
-__device__ __forceinline__ void take_turn(int wg) {
-    asm volatile("bar.sync %0, 256;" ::"r"(2 + wg) : "memory");
-}
-
-__device__ __forceinline__ void give_turn(int wg) {
-    asm volatile("bar.arrive %0, 256;" ::"r"(2 + wg) : "memory");
 }
 
 __device__ __forceinline__ void fence_async() {
@@ -107,12 +92,8 @@ __device__ __forceinline__ u32 matrix_at(u32 address) {
 }
 
 __device__ __forceinline__ u64 descriptor(u32 matrix, int offset) {
-#if LEAN  // one addition; addresses end far below the field's 2^18 bytes
+    // One addition: addresses end far below the field's 2^18 bytes.
     return u64(matrix + (offset >> 4)) | (u64(1024 >> 4 | 1 << 30) << 32);
-#else
-    return u64(((matrix & 0x3FFF) * 16 + offset & 0x3FFFF) >> 4) | (u64(1) << 16) |
-           (u64(1024 >> 4) << 32) | (u64(1) << 62);
-#endif
 }
 
 #define ACC32 \
@@ -122,14 +103,6 @@ __device__ __forceinline__ u64 descriptor(u32 matrix, int offset) {
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
 #define REGS32(d) REGS8(d, 0), REGS8(d, 8), REGS8(d, 16), REGS8(d, 24)
-
-__device__ __forceinline__ void multiply_keys(float (&d)[32], u64 a, u64 b, int accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ACC32 ", %32, %33, p, 1, 1, 0, 0;\n}"
-        : REGS32(d)
-        : "l"(a), "l"(b), "r"(accumulate));
-}
 
 __device__ __forceinline__ void multiply_keys(float (&d)[16], u64 a, u64 b, int accumulate) {
     asm volatile(
@@ -381,7 +354,7 @@ __device__ __forceinline__ void softmax(
         top[k] = fmaxf(top[k], __shfl_xor_sync(~0u, top[k], 1));
         top[k] = fmaxf(top[k], __shfl_xor_sync(~0u, top[k], 2));
     }
-    if (KEYED) exchange_top(area, top);
+    exchange_top(area, top);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         top[k] = fmaxf(ceilf(top[k]), NO_KEYS);
@@ -397,7 +370,7 @@ __device__ __forceinline__ void softmax(
             p[j / 2][j % 2 * 2 + k] = pack_bf16(
                 exp2_approx(s[4 * j + 2 * k] - top[k]), exp2_approx(s[4 * j + 2 * k + 1] - top[k]));
     }
-    if (KEYED) exchange_weights(area, p);
+    exchange_weights(area, p);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
 #pragma unroll
@@ -436,19 +409,16 @@ __device__ __forceinline__ void merge(
 
 // Scores and values of tile n of the block's, merged into `state`.
 __device__ __forceinline__ void attend_tile(
-    const Params& p, const Query& query, int n, bool is_last, u8* smem, u32 full, u32 empty,
-    State& state) {
+    const Params& p, const Query& query, int n, u8* smem, u32 full, u32 empty, State& state) {
     int wg = threadIdx.x / 128, stage = n % STAGES;
     u32 heads = matrix_at(shared_address(smem));
     u32 keys = matrix_at(shared_address(smem) + MATRIX_BYTES * (1 + stage));
-    u32 scored = keys + (KEYED ? wg * SCORED * 128 >> 4 : 0);
+    u32 scored = keys + (wg * SCORED * 128 >> 4);
     u32 own = keys + ((query.share * 2 + wg) * CHUNKS * BLOCK_BYTES >> 4);
-    int key = KEYED ? wg * SCORED : 0;  // the first that this warp group scores
-    const float* bias = reinterpret_cast<const float*>(smem + BIAS_AT) + stage * TILE + key;
+    const float* bias = reinterpret_cast<const float*>(smem + BIAS_AT) + stage * TILE + wg * SCORED;
     float s[SCORED / 2], fresh[32], alpha[2], beta[2];
     u32 weights[4][4];
     barrier_wait(full + 8 * stage, n / STAGES & 1);
-    if (ORDERED) take_turn(wg);
     matrix_fence();
 #pragma unroll
     for (int k = 0; k < 32; k++) {
@@ -456,23 +426,16 @@ __device__ __forceinline__ void attend_tile(
         multiply_keys(s, descriptor(heads, at), descriptor(scored, at), k);
     }
     matrix_commit();
-    bool gives = ORDERED && !(wg == 1 && is_last);
-    if (ORDERED == 1 && gives) give_turn(1 - wg);
     matrix_wait<0>();
-    if (ORDERED == 2 && gives) give_turn(1 - wg);
     hold(s);
-    constexpr bool EARLY = ORDERED || KEYED;
-    if (EARLY) barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
+    barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
     softmax(s, bias, p.scale, smem + EXCHANGE_AT, state, weights, alpha, beta);
     bool is_rescaled = __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         values(fresh, weights, own, c * BLOCK_BYTES);
         matrix_wait<0>();
-        if (c == CHUNKS - 1) {
-            barrier_arrive(empty + 16 * stage + 8 * wg);
-            if (!EARLY) barrier_arrive(empty + 16 * stage + 8 * (1 - wg));
-        }
+        if (c == CHUNKS - 1) barrier_arrive(empty + 16 * stage + 8 * wg);
         merge(state.acc[c], fresh, alpha, beta, is_rescaled);
     }
 }
@@ -488,6 +451,12 @@ __device__ __forceinline__ float inverse_sum(float sink, float m, float l) {
     return __fdiv_rn(1.f, total == 0.f ? 1.f : total);
 }
 
+// A pair of dims turned back. From zero, as Triton negates: a token without keys gives no -0.
+__device__ __forceinline__ float2 turned_back(float a, float b, float cos, float sin) {
+    float imaginary = fmaf(b, cos, __fsub_rn(0.f, __fmul_rn(a, sin)));
+    return make_float2(fmaf(a, cos, __fmul_rn(b, sin)), imaginary);
+}
+
 // Dims c * 64 + 8 j + column and the next of this warp group's half, divided and rotated back: BF16.
 __device__ __forceinline__ u32 finished(
     const Params& p, const Query& query, const State& state, int c, int j, int k, float inverse) {
@@ -495,10 +464,9 @@ __device__ __forceinline__ u32 finished(
     float b = state.acc[c][4 * j + 2 * k + 1] * inverse;
     if (c == 3 && threadIdx.x / 128 == 1 && p.is_rotated) {
         int pair = 4 * j + threadIdx.x % 4;
-        float cos = p.cos[query.t * 32 + pair], sin = p.sin[query.t * 32 + pair];
-        float real = fmaf(a, cos, __fmul_rn(b, sin));
-        b = fmaf(b, cos, -__fmul_rn(a, sin));
-        a = real;
+        float2 back =
+            turned_back(a, b, p.cos[query.t * 32 + pair], p.sin[query.t * 32 + pair]);
+        a = back.x, b = back.y;
     }
     return pack_bf16(a, b);
 }
@@ -701,9 +669,8 @@ __device__ __forceinline__ void store_four(
     if (ending.is_rotated) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float a = x[2 * i], b = x[2 * i + 1];
-            x[2 * i] = fmaf(a, ending.cos[i], __fmul_rn(b, ending.sin[i]));
-            x[2 * i + 1] = fmaf(b, ending.cos[i], -__fmul_rn(a, ending.sin[i]));
+            float2 back = turned_back(x[2 * i], x[2 * i + 1], ending.cos[i], ending.sin[i]);
+            x[2 * i] = back.x, x[2 * i + 1] = back.y;
         }
     }
     u32 low = pack_bf16(x[0], x[1]), high = pack_bf16(x[2], x[3]);
@@ -881,7 +848,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         for (int i = 0; i < MAX_EACH; i++) {
             states[i] = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
             if (first + i < end)
-                attend_tile(p, query, i, first + i + 1 == end, smem, full, empty, states[i]);
+                attend_tile(p, query, i, smem, full, empty, states[i]);
         }
         consumers_sync();  // products of both warp groups are done with what the sums overwrite
 #pragma unroll
@@ -891,9 +858,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         cluster_sync();  // none leaves before all have read
 #else
         State state = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
-        if (ORDERED && threadIdx.x / 128 == 1 && first < end) give_turn(0);
         for (int i = first; i < end; i++)
-            attend_tile(p, query, i - first, i + 1 == end, smem, full, empty, state);
+            attend_tile(p, query, i - first, smem, full, empty, state);
         if (parts > 1) {
             store_part(p, query, state);
         } else if (FP8) {

@@ -6,7 +6,8 @@ the keys cost the same, and on an H200 this took 50 us for 64 heads and 128 requ
 Triton kernel took 87 us for 8 or 16 heads without padding. Tiles, groups, merges and the
 combination are those of sparse_attn_decode.py. Where few tokens have few tiles, the programs of a
 token are clusters, each for some of the value dims, and combine their parts through shared memory
-without a second kernel; by the same arithmetic, so the bits tell nothing of it.
+without a second kernel; by the same arithmetic, so the bits tell nothing of it. What each way takes
+is in docs/performance/attention.md.
 """
 
 from __future__ import annotations
@@ -27,22 +28,17 @@ from dsv4.kernels.common.cuda import Source, load, why_not
 __all__ = ["REFERENCE", "outputs"]
 CONFIG = {"threads": 512, "shared_bytes": 3 * 65536 + 2 * 64 * 4 + 48 + 10240 + 1024}
 HEADS, DIMS = 64, 512
-SPLITS: tuple[int, ...] = ()  # of 4, 2, 1: clusters that may share the value dims of a token
+# How many clusters may share the value dims of a token, and the fewest blocks of such a cluster:
+# with fewer, each has so many heads to finish that a second kernel is faster.
+SPLITS = {4: 1, 2: 8}
 MAX_CLUSTER, MAX_EACH = 16, 2  # blocks of a cluster; tiles of a block, where 4 share the dims
-ORDERED = 0  # whether warp groups take turns in scoring; 1 and 2 as in the device code
-KEYED = False  # whether each warp group scores half of the keys
-LEAN = True  # whether matrices are addressed by one addition
 
 
 @cache
-def source(
-    is_fp8: bool, split: int = 0, ordered: int = 0, lean: bool = True, keyed: bool = False
-) -> Source:
+def source(is_fp8: bool, split: int = 0) -> Source:
     """The device function for a result in BF16 or in FP8; split: clusters that share the dims."""
     path = Path(__file__).with_suffix(".cu")
-    defines = {"FP8": is_fp8, "SPLIT": split, "ORDERED": 0 if split or keyed else ordered}
-    defines |= {"LEAN": lean, "KEYED": keyed}
-    return Source.of(path, "sparse_attn_sm90_kernel", {k: int(v) for k, v in defines.items()})
+    return Source.of(path, "sparse_attn_sm90_kernel", {"FP8": int(is_fp8), "SPLIT": split})
 
 
 sparse_attn_decode_kernel = source(False)
@@ -50,7 +46,7 @@ sparse_attn_decode_kernel = source(False)
 
 def sources(is_fp8: bool = False) -> list[tuple[Source, str]]:
     """What is compiled ahead of time, and an instruction that it must hold."""
-    clusters = [(source(is_fp8, split), "UCGABAR_ARV") for split in (4, 2, 1)]
+    clusters = [(source(is_fp8, split), "UCGABAR_ARV") for split in (4, 2)]
     return [(source(is_fp8), "HGMMA"), *clusters]
 
 
@@ -95,7 +91,7 @@ def attend(args: tuple, out: Output, sums: Tensor, stats: Tensor) -> None:
 
 def clusters(shape: Shape, tiles: int, device: torch.device) -> tuple[int, int, int] | None:
     """How clusters attend to `tiles` tiles of each token, or None if too few fit at once."""
-    if not SPLITS or tiles > MAX_CLUSTER * MAX_EACH:
+    if tiles > MAX_CLUSTER * MAX_EACH:
         return None
     kernel = load(source(False, 4), device, CONFIG["shared_bytes"])
     resident = partial(kernel.resident_clusters, CONFIG["threads"])
@@ -109,11 +105,15 @@ def plan_clusters(
 
     programs  64 heads of a token each
     resident  how many clusters of a size run at once; if not all do, two kernels are faster
+
+    None where two kernels are faster. The finest split that fits is taken: each block then reads
+    the least from the others.
     """
     each = -(-tiles // MAX_CLUSTER)
     blocks = -(-tiles // each)
-    for split in SPLITS:
-        if each in (1, split // 2) and programs * split <= resident(blocks):
+    for split, fewest in SPLITS.items():
+        is_made = each == 1 or (each == MAX_EACH and split == 4)
+        if is_made and blocks >= fewest and programs * split <= resident(blocks):
             return each, blocks, split
     return None
 
@@ -139,7 +139,7 @@ def run(
     is_rotated = cos is not None
     angles = (cos, sin) if is_rotated else (sink, sink)
     chosen = page_table if entries is None else entries
-    kernel = source(out.scale is not None, split, ORDERED, LEAN, KEYED)
+    kernel = source(out.scale is not None, split)
     load(kernel, q.device, CONFIG["shared_bytes"]).launch(
         shape.T * -(-shape.H // HEADS) * parts * max(split, 1), CONFIG["threads"],
         q, step, window, pages, page_table, chosen, slot, position, first_row, first_position,
