@@ -28,7 +28,7 @@ def decode_row(
 
     requests = fill_contexts(model, batch, context)
     try:
-        stepper = Stepper(model, [batch])
+        stepper = Stepper(model, [batch], prompt_sizes=[])
         stepper.capture()
         times = time_decode(stepper, requests, _trace(args))
     finally:
@@ -45,9 +45,10 @@ def decode_row(
 def prefill_row(args: Namespace, model: ProductionModel, context: int) -> tuple[Row, StepTime]:
     """A prompt of `context` tokens in one step."""
     from dsv4.engine.bench import time_prefill
-    from dsv4.engine.stepper import Stepper
+    from dsv4.engine.stepper import PROMPT_SIZES, Stepper
 
-    stepper = Stepper(model, [1])
+    sizes = [size for size in PROMPT_SIZES if size >= context][:1]
+    stepper = Stepper(model, [1], prompt_sizes=sizes)
     stepper.capture()
     times = time_prefill(stepper, context, _trace(args))
     shape = {**_shape(args, model), "T": context}
