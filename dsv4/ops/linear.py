@@ -34,13 +34,14 @@ def linear_fp8(
     """See dsv4.reference.linear.linear_fp8."""
     args, prompt = (x, weight, scale, groups, quantize_input), kernels.linear_fp8_prompt_sm90
     if kernels.linear_fp8_sm90.takes(x, weight, groups):
-        which, outputs = LINEAR_FP8, kernels.linear_fp8.outputs
-    elif prompt.IS_USED and prompt.takes(x, weight, groups, quantize_input):
-        which, outputs = LINEAR_FP8_PROMPT, prompt.outputs
+        which = LINEAR_FP8
+    elif prompt.takes(x, weight, groups, quantize_input):
+        which = LINEAR_FP8_PROMPT
     else:
-        which, outputs = LINEAR_FP8_ANY, kernels.linear_fp8.outputs
-    out = outputs(*args)
-    select(which, x.device).launch(*args, out)
+        which = LINEAR_FP8_ANY
+    kernel = select(which, x.device)
+    out = (prompt if kernel is prompt.SPEC else kernels.linear_fp8).outputs(*args)
+    kernel.launch(*args, out)
     return out[0]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dsv4.core.dispatch import KernelSpec
 from dsv4.core.errors import KernelUnavailable
 from dsv4.core.formats import FP8_BLOCK128, BlockScaledTensor
-from dsv4.kernels.common import linear_plan
+from dsv4.kernels.common import cuda, linear_plan
 from dsv4.kernels.common.linear_plan import cut, wide_cut
 from dsv4.kernels.common.linear_weights import join_rows, split_rows
 from dsv4.kernels.linear import linear_fp8, linear_fp8_prompt_sm90, wide_linear, wide_linear_sm90
@@ -222,7 +222,6 @@ def test_which_calls_go_to_the_kernel_for_prompts(
         taken.append(args)
 
     spec = KernelSpec("linear_fp8/spy", spy, runs_on_cpu=True)
-    monkeypatch.setattr(linear_fp8_prompt_sm90, "IS_USED", True)
     monkeypatch.setattr(ops, "LINEAR_FP8_PROMPT", (spec,))
     flat = tokens(1, call["T"] * groups * K + 8).flatten()
     x = flat[call["offset"] :][: call["T"] * groups * K].unflatten(0, (call["T"], -1))
@@ -238,20 +237,55 @@ def test_prompts_have_room_for_whole_tiles_and_sums_of_chunks() -> None:
     calls = ((1024, 4096, 1), 130), ((2048, 512, 8), 65), ((256, 256, 2), 999), (FLASH["wo_b"], 130)
     for (N, K, groups), T in calls:
         x, weight = tokens(T, groups * K), torch.empty(N, K, dtype=torch.float8_e4m3fn)
-        _, partial, _, images, _ = linear_fp8_prompt_sm90.outputs(x, weight, weight, groups, False)
-        parts = linear_fp8_prompt_sm90.plan(T, N, K, groups).parts
+        y, images, partial = linear_fp8_prompt_sm90.outputs(x, weight, weight, groups, False)
+        assert y.shape == (T, N)
+        parts = linear_fp8_prompt_sm90.num_parts(T, N, K, groups)
         assert parts in (1, cut(N, K, groups).num_chunks)
-        assert parts == 1 or partial.numel() >= parts * T * N
+        assert partial.numel() == (parts * T * N if parts > 1 else 0)
         assert images.numel() == -(-T // 128) * 128 * groups * K
-    assert linear_fp8_prompt_sm90.plan(130, 1024, 4096, 1).parts > 1
-    assert linear_fp8_prompt_sm90.plan(8192, 1024, 4096, 1).parts == 1
-    assert linear_fp8_prompt_sm90.SHARED_BYTES <= 227 << 10
+    assert linear_fp8_prompt_sm90.num_parts(130, 1024, 4096, 1) > 1
+    assert linear_fp8_prompt_sm90.num_parts(8192, 1024, 4096, 1) == 1
+    assert linear_fp8_prompt_sm90.CONFIG["shared_bytes"] <= 227 << 10
+
+
+def test_the_first_prompt_loads_what_one_of_any_size_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So warm-up meets every binary: another size starts one kernel more or less, of those."""
+    loaded: list[tuple[cuda.Source, int]] = []
+    launched: list[str] = []
+
+    class Kernel:
+        num_sms = 132
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def launch(self, *args: Any, **flags: bool) -> None:
+            launched.append(self.name)
+
+    def load(source: cuda.Source, device: torch.device, shared: int) -> Kernel:
+        loaded.append((source, shared))
+        return Kernel(source.name)
+
+    monkeypatch.setattr(cuda, "load", load)
+    weight, scale = fp8_weight(128, 1536)
+    runs = {}
+    for T, parts in ((65, 1), (65, 4), (300, 1), (300, 4)):
+        monkeypatch.setattr(linear_fp8_prompt_sm90, "num_parts", lambda *shape, n=parts: n)
+        args = tokens(T, 1536), weight, scale, 1, False
+        linear_fp8_prompt_sm90.launch(*args, linear_fp8_prompt_sm90.outputs(*args))
+        runs[T, parts] = set(loaded)
+        assert len(launched) == (3 if parts > 1 else 2)
+        assert set(launched) <= {source.name for source, _ in loaded}
+        loaded.clear()
+        launched.clear()
+    assert len(runs[65, 1]) == 3
+    assert all(run == runs[65, 1] for run in runs.values())
 
 
 def test_what_is_no_prompt_is_refused_by_name() -> None:
     weight, scale = fp8_weight(256, 256)
     for x, quantize in ((tokens(64, 256), False), (tokens(65, 256), True)):
-        out = linear_fp8.outputs(x, weight, scale, 1, quantize)
+        out = linear_fp8_prompt_sm90.outputs(x, weight, scale, 1, quantize)
         with pytest.raises(KernelUnavailable, match="linear_fp8/sm90_prompt: expected more than"):
             linear_fp8_prompt_sm90.launch(x, weight, scale, 1, quantize, out)
 

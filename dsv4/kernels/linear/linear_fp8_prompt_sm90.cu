@@ -3,9 +3,10 @@
 // A block owns 128 rows of W times 128 tokens, 64 rows for each of two warpgroups, and goes on to
 // the next such tile when it is done. Tokens come as images, which a kernel before has written: 128
 // tokens x 128 columns as the matrix unit wants them in shared memory, so that one thread of a
-// third warpgroup fetches them with bulk copies into a ring of SLOTS. CLUSTER blocks with different
-// rows share the tokens: each fetches a part of every image for all. Weights go from global memory
-// to registers, a step ahead, and are decoded into the matrix unit's A operand there.
+// third warpgroup fetches them with bulk copies into a ring of SLOTS. Weights go from global memory
+// to registers, a step ahead, and are decoded into the matrix unit's A operand there, half of them
+// while the products of the other half run; sums of a step are scaled while the other warpgroup's
+// products run.
 //
 // Sums are those of linear_fp8_sm90.cu: products of 128 columns start from zero and are added to
 // the sum of a chunk with one FMA; an output is the sum of its chunks, the first one first.
@@ -17,8 +18,7 @@ typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// CLUSTER  blocks that share tokens
-// E8M0     whether scales of weights are bytes, not FP32
+// E8M0  whether scales of weights are bytes, not FP32
 constexpr int TOKENS = 128, ACC = TOKENS / 2, GROUPS = 2, SLOTS = 5;
 constexpr int IMAGE = TOKENS * 256, HALF = IMAGE / 2;  // bytes of 128 columns, of 64
 constexpr int SUMS = SLOTS * IMAGE;                    // where sums of chunks, then results lie
@@ -138,33 +138,16 @@ __device__ __forceinline__ void expect_bytes(u32 barrier, int bytes) {
                : "memory");
 }
 
-// Arrive at a barrier of the cluster; products that read shared memory have been waited for.
-__device__ __forceinline__ void arrive(u32 there) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+// Products that read shared memory have been waited for.
+__device__ __forceinline__ void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Copy to the same place in every block of the cluster; each one's barrier counts the bytes.
-__device__ __forceinline__ void copy_to_all(u32 to, const u8* from, int bytes, u32 barrier) {
-#if CLUSTER > 1
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier),
-      "h"((unsigned short)((1 << CLUSTER) - 1)) : "memory");
-#else
+// Copy an image; the barrier counts the bytes.
+__device__ __forceinline__ void copy_image(u32 to, const u8* from, u32 barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-#endif
-}
-
-__device__ __forceinline__ u32 address_of_rank(u32 address, int rank) {
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+          "r"(to), "l"(from), "r"(IMAGE), "r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void group_barrier(int group) {
@@ -234,17 +217,17 @@ struct Sizes {
   int T, N, K, group_rows, x_blocks, chunk, parts;
 
   __device__ __forceinline__ int token_tiles() const { return (T + TOKENS - 1) / TOKENS; }
-  __device__ __forceinline__ int tiles() const { return token_tiles() * (N / (128 * CLUSTER)); }
+  __device__ __forceinline__ int items() const { return token_tiles() * (N / 128) * parts; }
 
   // Items that run at the same time share rows and tokens: TOGETHER tiles of tokens, and for them
   // all rows in order.
-  __device__ __forceinline__ Item item(int i, int rank) const {
-    const int rows = N / (128 * CLUSTER), tiles = token_tiles(), blocks = K / 128;
+  __device__ __forceinline__ Item item(int i) const {
+    const int rows = N / 128, tiles = token_tiles(), blocks = K / 128;
     const int part = i / (tiles * rows), at = i % (tiles * rows);
     const int start = at / (TOGETHER * rows) * TOGETHER, within = at % (TOGETHER * rows);
     const int width = min(TOGETHER, tiles - start);
     Item it;
-    it.row = (within / width * CLUSTER + rank) * 128, it.tile = start + within % width;
+    it.row = within / width * 128, it.tile = start + within % width;
     it.part = part, it.first = parts > 1 ? part * chunk : 0;
     it.count = parts > 1 ? min(chunk, blocks - it.first) : blocks;
     return it;
@@ -252,23 +235,21 @@ struct Sizes {
 };
 
 // One thread: every image that this block multiplies with, into the ring, and one that is empty.
-__device__ __forceinline__ void fetch_images(const u8* images, const Sizes& s, u32 memory,
-                                             int rank, int cluster, int clusters) {
+__device__ __forceinline__ void fetch_images(const u8* images, const Sizes& s, u32 memory) {
   const u32 full = memory + BARRIERS, empty = full + 8 * SLOTS;
-  const int blocks = s.K / 128, items = s.tiles() * s.parts;
+  const int blocks = s.K / 128, items = s.items();
   int slot = 0, phase = 0;
   wait_for_previous();
   order_copies();
-  for (int i = cluster; i < items; i += clusters) {
-    const Item it = s.item(i, rank);
+  for (int i = blockIdx.x; i < items; i += gridDim.x) {
+    const Item it = s.item(i);
     const size_t at = (size_t)it.tile * s.x_blocks + it.row / s.group_rows * blocks + it.first;
-    const u8* from = images + at * IMAGE + rank * (IMAGE / CLUSTER);
+    const u8* from = images + at * IMAGE;
 #pragma unroll 1
     for (int b = 0; b < it.count; b++, from += IMAGE) {
       barrier_wait(empty + 8 * slot, phase ^ 1);
-      const u32 to = memory + slot * IMAGE + rank * (IMAGE / CLUSTER), done = full + 8 * slot;
-      expect_bytes(done, IMAGE);
-      copy_to_all(to, from, IMAGE / CLUSTER, done);
+      expect_bytes(full + 8 * slot, IMAGE);
+      copy_image(memory + slot * IMAGE, from, full + 8 * slot);
       if (++slot == SLOTS) slot = 0, phase ^= 1;
     }
   }
@@ -281,10 +262,10 @@ __device__ __forceinline__ void fetch_images(const u8* images, const Sizes& s, u
 struct Weights {
   const u8 *weight, *scale, *from, *scale_from;
   const Sizes& s;
-  int rank, thread_row, thread_column, next, step, left;
+  int thread_row, thread_column, next, left;
 
   __device__ __forceinline__ void start(int i) {
-    const Item it = s.item(i, rank);
+    const Item it = s.item(i);
     next = i, left = it.count;
     from = weight + (size_t)(it.row + thread_row) * s.K + it.first * 128 + thread_column;
     scale_from = scale + ((size_t)(it.row / 128) * (s.K / 128) + it.first) * (E8M0 ? 1 : 4);
@@ -293,8 +274,8 @@ struct Weights {
   __device__ __forceinline__ void advance() {
     if (--left > 0) {
       from += 128, scale_from += E8M0 ? 1 : 4;
-    } else if (next + step < s.tiles() * s.parts) {
-      start(next + step);
+    } else if (next + gridDim.x < s.items()) {
+      start(next + gridDim.x);
     } else {
       left = 1;
     }
@@ -365,16 +346,15 @@ __device__ __forceinline__ void store_sums(const float (&total)[ACC], float* to,
 // A warpgroup: 64 rows of every item of this block.
 __device__ __forceinline__ void multiply(Weights& w, u8* y, float* partial, u8* memory, int group) {
   const Sizes& s = w.s;
-  const u32 base = shared_address(memory), full = base + BARRIERS;
-  const int t = threadIdx.x % 128, lane = t % 32;
-  const u32 empty = address_of_rank(full + 8 * SLOTS, lane % CLUSTER);
+  const u32 base = shared_address(memory), full = base + BARRIERS, empty = full + 8 * SLOTS;
+  const int t = threadIdx.x % 128;
   u8* own = memory + SUMS + group * GROUP_SUMS;
-  const int items = s.tiles() * s.parts, begin = w.next;
+  const int items = s.items();
   int slot = 0, phase = 0;
 
   u32 a0[4][4], a1[4][4];  // A of 64 columns each; the first is decoded a step ahead
   uint4 top0, low0, top1, low1;
-  w.start(begin);
+  w.start(blockIdx.x);
   w.load(top0, low0, 0);
   w.load(top1, low1, 1);
   u32 next_scale = load_scale_bits(w.scale_from);
@@ -384,8 +364,8 @@ __device__ __forceinline__ void multiply(Weights& w, u8* y, float* partial, u8* 
   wait_for_previous();
   barrier_wait(full, 0);
 
-  for (int i = begin; i < items; i += w.step) {
-    const Item it = s.item(i, w.rank);
+  for (int i = blockIdx.x; i < items; i += gridDim.x) {
+    const Item it = s.item(i);
     float total[ACC];
     for (int c = 0; c < it.count; c += s.chunk) {
       clear(total);
@@ -411,7 +391,7 @@ __device__ __forceinline__ void multiply(Weights& w, u8* y, float* partial, u8* 
         wait_products<0>();
         hold(a1);
         hold(part);
-        if (lane < CLUSTER) arrive(done);
+        if (t % 32 == 0) arrive(done);
 #pragma unroll
         for (int j = 0; j < ACC; j++) total[j] = __fmaf_rn(part[j], scale, total[j]);
       }
@@ -429,35 +409,31 @@ __device__ __forceinline__ void multiply(Weights& w, u8* y, float* partial, u8* 
 
 // x_blocks  blocks of 128 columns of x, which are those of all groups
 // chunk     blocks of a chunk        parts  1, or the number of chunks, whose sums go to `partial`
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 linear_fp8_kernel(const u8* images, const u8* __restrict__ weight, const u8* __restrict__ scale,
                   u8* y, float* partial, int T, int N, int K, int group_rows, int x_blocks,
                   int chunk, int parts) {
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
   const int tid = threadIdx.x, group = tid / 128;
-  const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER;
-  const int clusters = gridDim.x / CLUSTER;
   const Sizes s{T, N, K, group_rows, x_blocks, chunk, parts};
   if (tid == 0) {
     for (int i = 0; i < SLOTS; i++) {
       barrier_init(shared_address(memory) + BARRIERS + 8 * i, 1);
-      barrier_init(shared_address(memory) + BARRIERS + 8 * (SLOTS + i), GROUPS * 4 * CLUSTER);
+      barrier_init(shared_address(memory) + BARRIERS + 8 * (SLOTS + i), GROUPS * 4);
     }
     publish_barriers();
   }
-  if (CLUSTER > 1) cluster_barrier(); else __syncthreads();
+  __syncthreads();
   if (group == GROUPS) {
     leave_registers<40>();
-    if (tid == GROUPS * 128)
-      fetch_images(images, s, shared_address(memory), rank, cluster, clusters);
+    if (tid == GROUPS * 128) fetch_images(images, s, shared_address(memory));
   } else {
     take_registers<232>();
     const int row = group * 64 + tid % 128 / 32 * 16 + tid % 32 / 4;
-    Weights w{weight, scale, nullptr, nullptr, s, rank, row, tid % 4 * 16, cluster, clusters, 0};
+    Weights w{weight, scale, nullptr, nullptr, s, row, tid % 4 * 16, 0, 0};
     multiply(w, y, partial, memory, group);
   }
-  if (CLUSTER > 1) cluster_barrier();  // the other may still write here
 }
 
 // Images of x: block (columns, tokens) writes STAGED tokens of one image, zeros beyond T.

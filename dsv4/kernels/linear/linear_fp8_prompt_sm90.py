@@ -1,16 +1,15 @@
 """FP8 linears of many tokens on Hopper, CUDA C++ (linear_fp8_prompt_sm90.cu).
 
-The Triton kernel waits for its products in every step of 128 columns, and every program reads all
-of its tokens: 300 TFLOP/s on an H200 (8192 tokens, wq_b of V4-Flash), half of what cuBLAS reaches
-in BF16. Here a warpgroup decodes while products run, the sums of one are added while the other's
-run, and two blocks share the tokens that either fetches. Chunks and the order of sums are those of
-the Triton kernel, and so are the bits.
+A kernel writes tokens as images of the matrix unit's shared memory; the next one has a block for
+each SM, which copies images into a ring and goes from tile to tile. Its two warpgroups decode
+weights while products run, and each scales its sums while the products of the other run. Where
+tiles would leave most SMs idle, chunks are blocks' work, and a third kernel adds them. Chunks and
+the order of sums are those of the Triton kernel, and so are the bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -26,50 +25,34 @@ from dsv4.kernels.linear.linear_fp8 import FEW_TOKENS, REFERENCE, check
 
 __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "linear_fp8_kernel", "outputs"]
 
-IS_USED = False  # by the op: a candidate until it has been measured
 TOKENS = ROWS = 128  # of a tile
-THREADS = 384
 STAGED = 64  # tokens of a block of the kernel that writes images
 SLOTS, IMAGE_BYTES, SUM_BYTES = 5, TOKENS * BLOCK * 2, ROWS * TOKENS * 4
-SHARED_BYTES = SLOTS * (IMAGE_BYTES + 16) + SUM_BYTES
-# Rows that a group of weights is a multiple of -> blocks that share tokens.
-CONFIG = {2 * ROWS: 2, ROWS: 1}
-# Costs in steps of 128 columns, 0.7 us: the kernel that adds chunks, and FP32 numbers that are
+CONFIG = {"threads": 384, "shared_bytes": SLOTS * (IMAGE_BYTES + 16) + SUM_BYTES}
+# Costs in steps of 128 columns, about 1 us: the kernel that adds chunks, and FP32 numbers that are
 # written and read.
 SUM_STEPS, STEP_NUMBERS = 6, 1 << 18
 
 
-@dataclass(frozen=True)
-class Plan:
-    """cluster: blocks that share tokens; parts: 1, or chunks of K, each to blocks of its own."""
-
-    cluster: int
-    parts: int
-
-
 @cache
-def plan(T: int, N: int, K: int, groups: int) -> Plan:
-    """Chunks become items of their own where whole tiles would leave most SMs idle."""
-    c, blocks = cut(N, K, groups), K // BLOCK
-    cluster = next(n for rows, n in CONFIG.items() if N // groups % rows == 0)
-    tiles, at_once = -(-T // TOKENS) * N // (ROWS * cluster), NUM_SMS // cluster
-    whole = -(-tiles // at_once) * blocks
-    split = -(-tiles * c.num_chunks // at_once) * c.chunk
+def num_parts(T: int, N: int, K: int, groups: int) -> int:
+    """1, or the number of chunks of K where a block does one of a tile, not all."""
+    c, tiles = cut(N, K, groups), -(-T // TOKENS) * N // ROWS
+    whole = -(-tiles // NUM_SMS) * (K // BLOCK)
+    split = -(-tiles * c.num_chunks // NUM_SMS) * c.chunk
     split += SUM_STEPS + T * N * c.num_chunks // STEP_NUMBERS
-    return Plan(cluster, c.num_chunks if split < whole else 1)
+    return c.num_chunks if split < whole else 1
 
 
-def linear_fp8_kernel(cluster: int, is_e8m0: bool, name: str = "linear_fp8_kernel") -> cuda.Source:
-    """The source with its constants; `name` may be that of the kernel before or after."""
-    defines = {"CLUSTER": cluster, "E8M0": int(is_e8m0)}
-    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines)
+def linear_fp8_kernel(is_e8m0: bool, name: str = "linear_fp8_kernel") -> cuda.Source:
+    """The source for a dtype of scales; `name` may be that of the kernel before or after."""
+    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, {"E8M0": int(is_e8m0)})
 
 
 def sources() -> Iterator[tuple[cuda.Source, str]]:
     """What ahead-of-time compilation builds, and the instruction it must hold."""
-    for cluster in CONFIG.values():
-        for is_e8m0 in (True, False):
-            yield linear_fp8_kernel(cluster, is_e8m0), "HGMMA"
+    for is_e8m0 in (True, False):
+        yield linear_fp8_kernel(is_e8m0), "HGMMA"
 
 
 def takes(x: Tensor, weight: Tensor, groups: int, quantize_input: bool) -> bool:
@@ -83,14 +66,13 @@ def takes(x: Tensor, weight: Tensor, groups: int, quantize_input: bool) -> bool:
 def outputs(
     x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input: bool
 ) -> tuple[Tensor, ...]:
-    """Allocate what the Triton kernel needs, and room for the sums of chunks of all tokens."""
-    y, partial, *rest = linear_fp8.outputs(x, weight, scale, groups, quantize_input)
-    if takes(x, weight, groups, quantize_input):
-        T, (N, K) = x.shape[0], weight.shape
-        parts = plan(T, N, K, groups).parts
-        if parts > 1 and partial.numel() < parts * T * N:
-            partial = partial.new_empty(parts * T * N)
-    return y, partial, *rest
+    """Allocate y [T, N] BF16; images of the tokens, in whole tiles; and sums of chunks, if they are
+    apart."""
+    T, (N, K) = x.shape[0], weight.shape
+    images = x.new_empty(-(-T // TOKENS) * TOKENS, groups * K)
+    parts = num_parts(T, N, K, groups)
+    partial = x.new_empty(parts * T * N if parts > 1 else 0, dtype=torch.float32)
+    return linear_fp8.result(x, weight, scale, groups, quantize_input), images, partial
 
 
 def launch(
@@ -98,7 +80,7 @@ def launch(
     out: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     """Fill y. Allocates nothing and reads nothing back, so a CUDA graph can hold it."""
-    y, partial, _, images, _ = out
+    y, images, partial = out
     T, N, K = check(x, weight, scale, groups, quantize_input, y)
     if not takes(x, weight, groups, quantize_input):
         raise KernelUnavailable(
@@ -106,27 +88,25 @@ def launch(
             f"and groups of whole tiles of {ROWS} rows and {BLOCK} columns, got {T} tokens for "
             f"[{N}, {K}] in {groups} groups: call torch.ops.dsv4.linear_fp8"
         )
-    c, p, x_blocks = cut(N, K, groups), plan(T, N, K, groups), groups * K // BLOCK
+    parts, x_blocks, tiles = num_parts(T, N, K, groups), groups * K // BLOCK, -(-T // TOKENS)
     is_e8m0 = scale.dtype == torch.float8_e8m0fnu
 
-    # All three, so that what any prompt needs is loaded when the first one was.
+    # All three, whatever T needs: a step of any size must find them loaded after the first.
     def load(name: str, shared: int = 0) -> cuda.Kernel:
-        return cuda.load(linear_fp8_kernel(p.cluster, is_e8m0, name), x.device, shared)
+        return cuda.load(linear_fp8_kernel(is_e8m0, name), x.device, shared)
 
-    stage, sums = load("linear_fp8_images_kernel"), load("linear_fp8_sum_kernel")
-    product = load("linear_fp8_kernel", SHARED_BYTES)
-    tiles = -(-T // TOKENS)
+    stage, add = load("linear_fp8_images_kernel"), load("linear_fp8_sum_kernel")
+    product = load("linear_fp8_kernel", CONFIG["shared_bytes"])
     stage.launch(
         tiles * (TOKENS // STAGED) * x_blocks, 256, x, images, T, x_blocks, overlaps=True
     )  # fmt: skip
-    grid = min(tiles * N // ROWS * p.parts, product.num_sms // p.cluster * p.cluster)
     product.launch(
-        grid, THREADS, images, weight, scale, y, partial, T, N, K, N // groups, x_blocks, c.chunk,
-        p.parts, overlaps=True,
+        min(tiles * N // ROWS * parts, product.num_sms), CONFIG["threads"], images, weight, scale,
+        y, partial, T, N, K, N // groups, x_blocks, cut(N, K, groups).chunk, parts, overlaps=True,
     )  # fmt: skip
-    if p.parts > 1:
+    if parts > 1:
         count = T * N // 4
-        sums.launch(-(-count // 256), 256, partial, y, count, p.parts, overlaps=True)
+        add.launch(-(-count // 256), 256, partial, y, count, parts, overlaps=True)
 
 
 SPEC = KernelSpec("linear_fp8/sm90_prompt", launch, arch=(9,), requires=cuda.why_not)
