@@ -68,18 +68,21 @@ def test_a_load_needs_a_gpu(dsv4):
 def without_gpu(monkeypatch):
     """Steps are not run: all take as long as STEP, a hundred times that in larger batches."""
     config = ModelConfig.flash()
-    released = []
+    released, recorded = [], []  # recorded: sizes of prompts, of each stepper
     cache = SimpleNamespace(release=released.append)
     model = SimpleNamespace(
-        config=config, cache=cache, weight_bytes=1 << 30, device=SimpleNamespace(type="cpu")
-    )
+        config=config, cache=cache, weight_bytes=1 << 30, device=SimpleNamespace(type="cpu"),
+        recorded=recorded,
+    )  # fmt: skip
+
+    def stepper(model, sizes, prompt_sizes):
+        return SimpleNamespace(capture=lambda: recorded.append(prompt_sizes))
+
     monkeypatch.setattr(bench, "check_device", lambda *args: None)
     monkeypatch.setattr(bench, "_build", lambda args, terminal: model)
     monkeypatch.setattr("dsv4.testing.bench.read_gbps", lambda: PEAK)
     monkeypatch.setattr(engine_bench, "fill_contexts", lambda model, n, context: list(range(n)))
-    monkeypatch.setattr(
-        "dsv4.engine.stepper.Stepper", lambda *args: SimpleNamespace(capture=lambda: None)
-    )
+    monkeypatch.setattr("dsv4.engine.stepper.Stepper", stepper)
     monkeypatch.setattr(engine_bench, "time_decode", lambda *args: STEP)
     monkeypatch.setattr(engine_bench, "time_prefill", lambda *args: STEP)
     return model
@@ -138,6 +141,10 @@ def test_rows_of_prefill(dsv4, without_gpu, tmp_path):
     row = json.loads(rows.read_text())
     assert (row["op"], row["shape"]["T"], row["roof"], row["tps"]) == ("prefill", 1000, None, 5e6)
     assert "tokens/s, 3 launches" in out
+    assert without_gpu.recorded == [[1024]]
+    code, out, err = dsv4("bench", "prefill", "flash", "--context", "8192")
+    assert code == OK, err
+    assert without_gpu.recorded[1:] == [[]]  # too long to be recorded
 
 
 @pytest.mark.parametrize(
