@@ -22,7 +22,10 @@ from support.real_sizes import fp8_weight_on_gpu
 pytestmark = pytest.mark.gpu
 
 SHAPES = {f"flash-{k}": v for k, v in FLASH.items()} | {f"pro-{k}": v for k, v in PRO.items()}
+SHAPES["few_rows"] = 384, 2048, 1  # no whole blocks of 256: sixteen tokens at a time, in clusters
 SPLIT = ["flash-wo_a", "flash-wo_b", "flash-wq_a_wkv", "pro-wo_b"]  # chunks in several blocks
+# One of each form: beside those, one chunk, and x in two passes from 33 tokens on (pro-).
+FORMS = [*SPLIT, "flash-wq_b", "pro-wq_b", "few_rows"]
 COUNTS = (17, 24, 31, 32, 33, 48, 64)
 MODES = {  # what happens to x -> the kernel and the one in Triton
     "w8a16": (linear_fp8_sm90, linear_fp8),
@@ -32,19 +35,17 @@ MODES = {  # what happens to x -> the kernel and the one in Triton
 
 
 @pytest.fixture(autouse=True)
-def streamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def needs_hopper() -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs SM 9x")
-    monkeypatch.setattr(linear_fp8_sm90, "IS_STREAMED", True)
-    linear_fp8_sm90.plan.cache_clear()
-    yield
-    linear_fp8_sm90.plan.cache_clear()
 
 
 @pytest.fixture
-def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks give up at once, and the last one does the work of all that did."""
     monkeypatch.setattr(linear_fp8_sm90, "PATIENCE", -1)
+    linear_fp8_sm90.plan.cache_clear()
+    yield
     linear_fp8_sm90.plan.cache_clear()
 
 
@@ -80,9 +81,10 @@ def result(kernel: ModuleType, args: tuple[Any, ...]) -> Tensor:
     return out[0]
 
 
-@pytest.mark.parametrize("kind", ["e8m0", "f32"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, "e8m0") for n in SHAPES] + [(n, "f32") for n in FORMS]
+)
 def test_bits_of_one_token_and_of_triton(name: str, mode: str, kind: str) -> None:
     kernel, triton_kernel = MODES[mode]
     args = inputs(name, mode, 64, kind)
@@ -98,7 +100,7 @@ def test_bits_of_one_token_and_of_triton(name: str, mode: str, kind: str) -> Non
 
 
 @pytest.mark.parametrize("T", [20, 64])
-@pytest.mark.parametrize("name", ["flash-wq_b", "flash-shared_w2", *SPLIT])
+@pytest.mark.parametrize("name", FORMS)
 def test_a_token_of_nan_is_of_no_other_concern(name: str, T: int) -> None:
     args = inputs(name, "w8a16", T)
     want = result(KERNEL, args)
@@ -110,7 +112,7 @@ def test_a_token_of_nan_is_of_no_other_concern(name: str, T: int) -> None:
 
 
 @pytest.mark.parametrize("T", [17, 64])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", FORMS)
 def test_ten_runs_and_ten_replays_are_equal(name: str, T: int) -> None:
     args = inputs(name, "w8a16", T)
     want = result(KERNEL, args)

@@ -1,10 +1,9 @@
 // y = W x for FP8 block-scaled W and few tokens. The Python file of the same name checks arguments.
 //
-// A block owns RT tiles of 64 rows and KW chunks of K, one (tile, chunk) or two for a warpgroup. It
-// stages its share of x in shared memory once, then streams weights: a thread copies 16 bytes of a
-// row asynchronously into a ring that only it reads, decodes them into the registers of the matrix
-// unit's A operand and multiplies; there is no barrier in the loop. CLUSTER blocks with different
-// chunks of the same rows add their sums through distributed shared memory, chunk 0 first.
+// linear_fp8_kernel is for up to 16 tokens, linear_fp8_stream_kernel for 17 to 64. In either a block
+// stages its share of x in shared memory, then streams weights: a thread copies 16 bytes of a row
+// asynchronously into a ring that only it reads, decodes them into the registers of the matrix
+// unit's A operand and multiplies; there is no barrier between two steps.
 //
 // Order of columns: within 64, thread q of four owns 16 q .. 16 q + 15, which is what 16 bytes of a
 // row are; x is staged in the matching order, so products meet their partners.
@@ -14,25 +13,14 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 // NTOK   columns of the matrix instruction: 8, 16, 32 or 64 tokens
-// NWG    warpgroups of a block        RT, KW  its tiles of 64 rows and chunks of K
-// CHUNK  steps of 128 columns in a chunk  CLUSTER  blocks that share an output
-// DEPTH  steps under way for a thread  SPLIT  whether sums of chunks go to memory, one chunk a block
-// WIDE   whether a chunk's x is staged block by block, all warpgroups at the same one
+// NWG    warpgroups of a block        CHUNK  steps of 128 columns in a chunk
+// DEPTH  steps under way for a thread
 // QUANT  0: x is BF16, 1: it is rounded to FP8, 2: it is FP8 with scales already
 // E8M0   whether scales of weights are bytes, not FP32
-// WARP_MMA  whether products are a warp's, not a warp group's
-constexpr int THREADS = NWG * 128, UNITS = RT * KW / NWG, ACC = NTOK / 2;
+constexpr int THREADS = NWG * 128, WARPS = NWG * 4, ACC = NTOK / 2;
 constexpr int STAGE = NWG * 8192;             // bytes of one step of all warpgroups
 constexpr int X_BLOCK = 2 * NTOK * 128;       // bytes of x for 128 columns, half used when FP8
-constexpr int BLOCKS = KW * CHUNK;            // steps of 128 columns of a block
-#ifdef SLOTS
-constexpr int X_BYTES = SLOTS * X_BLOCK;
-#else
-constexpr int X_BYTES = (WIDE ? 2 : BLOCKS) * X_BLOCK;
-#endif
 constexpr int STEPS = QUANT ? 2 : 4;          // matrix instructions for 64 columns
-constexpr int PITCH = 68;                     // floats of 64 rows in the sums of a token
-static_assert(RT * KW % NWG == 0, "whole units for every warpgroup");
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return (u32)__cvta_generic_to_shared(p);
@@ -109,23 +97,6 @@ __device__ __forceinline__ void mma(float (&d)[ACC], const u32 (&a)[4], u64 b, i
 #endif
 }
 
-// The same of 16 rows and 8 tokens by one warp. The rows, tokens and columns of a lane are those of
-// `mma`, and so are the bits. An instruction for a warp group takes the matrix unit about 33 clocks
-// however few the tokens are; these four take about 8.
-__device__ __forceinline__ void mma_warp(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u32 load_shared(u32 at) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
-  return v;
-}
-
 // Byte of a 16-byte chunk in a tile of 128-byte rows, as the matrix unit swizzles it.
 __device__ __forceinline__ u32 swizzled(int row, int chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);
@@ -157,55 +128,10 @@ __device__ __forceinline__ float quantize(const uint4& v, u32& low, u32& high) {
 
 // A warp takes 64 columns of four tokens of x at a time, or 128 of two where they share a scale.
 constexpr int X_LANES = QUANT ? 16 : 8, X_TOKENS = 32 / X_LANES;
-constexpr int X_SPANS = (WIDE ? 1 : BLOCKS) * 16 / X_LANES;
-constexpr int X_ITEMS = X_SPANS * NTOK / X_TOKENS / (NWG * 4);  // of a warp, for all tokens
-constexpr int X_BATCH = 8;                                      // on their way at a time
 
 // Where the scale of a token's 128 columns is kept: in the half that FP8 leaves free.
 __device__ __forceinline__ float* x_scale(u8* xs, int block, int token) {
   return (float*)(xs + block * X_BLOCK + X_BLOCK / 2) + token * 32 + token % 32;
-}
-
-// Write 8 columns of x to their places.
-__device__ __forceinline__ void stage(u8* xs, int token, int piece, const uint4& v) {
-  const int c = piece % 8, q = c / 2;
-#if QUANT
-#if QUANT == 2
-  const u32 low = v.x, high = v.y;
-  const float scale = e8m0(v.z);
-#else
-  u32 low, high;
-  const float scale = quantize(v, low, high);
-#endif
-  u8* tile = xs + piece / 16 * X_BLOCK;
-  const int chunk = piece / 8 % 2 * 4 + c % 2 * 2;
-  *(u32*)(tile + swizzled(token, chunk) + 4 * q) = low;
-  *(u32*)(tile + swizzled(token, chunk + 1) + 4 * q) = high;
-  if (piece % 16 == 0) *x_scale(xs, piece / 16, token) = scale;
-#else
-  u8* tile = xs + piece / 8 * (X_BLOCK / 2);
-  const u32 word[4] = {v.x, v.y, v.z, v.w};
-  for (int j = 0; j < 2; j++) {  // words hold columns (0, 1), (2, 3); pairs are (0, 2), (1, 3)
-    const int chunk = (c % 2 * 2 + j) * 2;
-    const u32 low = word[2 * j], high = word[2 * j + 1];
-    *(u32*)(tile + swizzled(token, chunk) + 4 * q) = __byte_perm(low, high, 0x5410);
-    *(u32*)(tile + swizzled(token, chunk + 1) + 4 * q) = __byte_perm(low, high, 0x7632);
-  }
-#endif
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
-               ::: "memory");
-}
-
-__device__ __forceinline__ float4 load_cluster(u32 address, int rank) {
-  float4 v;
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there));
-  return v;
 }
 
 __device__ __forceinline__ void add(float4& total, const float4& v) {
@@ -218,45 +144,20 @@ __device__ __forceinline__ u32 bf16_pair(float low, float high) {
   return pair;
 }
 
-__device__ __forceinline__ void store_bf16(u8* to, const float4& v) {
-  *(uint2*)to = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
-}
-
-#ifdef SLOTS
-// From 17 tokens on. A block has 256 rows and one chunk of K, a tile of 64 rows for each warpgroup.
-// Weights go through private rings as above, with EARLY of their DEPTH steps asked for before the
-// kernel in front has ended. x goes through SLOTS slots of 128 columns, which all warps fill: `full`
-// and `empty` count the 16 warps, so that warpgroups may be DRIFT blocks apart, and one decodes
-// while another multiplies. Row g of a warp's 16, as the matrix unit sees them, is row
-// 4 (g / 2) + g % 2 of the weights, row g + 8 the second one after it: then a lane ends up with four
-// neighbouring rows of one token.
+#if NTOK > 16
+// A block has 256 rows and one chunk of K, a tile of 64 rows for each warpgroup. EARLY of the DEPTH
+// steps of weights are asked for before the kernel in front has ended. x is staged STAGED blocks of
+// 128 columns at a time, all of the chunk where they fit. Row g of a warp's 16, as the matrix unit
+// sees them, is row 4 (g / 2) + g % 2 of the weights, row g + 8 the second one after it: then a lane
+// ends up with four neighbouring rows of one token.
 //
 // PARTS > 1 blocks have the chunks of the same rows. Each leaves its sums in `partial`, waits for
 // the others and adds its share of the rows, chunk 0 first. No block waits for one that may never
 // start: after PATIENCE clocks it leaves its share to whoever comes last.
-constexpr int WARPS = THREADS / 32, DRIFT = SLOTS / 2, FIRST_ITEMS = SLOTS * X_ITEMS;
-constexpr bool REUSE = CHUNK > SLOTS;  // of slots
-static_assert(RT == 4 && KW == 1 && NWG == 4 && CLUSTER == 1 && WIDE, "one tile a warpgroup");
-static_assert(EARLY <= DEPTH && DEPTH <= CHUNK && CHUNK <= 16 && PARTS <= 48,
-              "rings, a lane for every scale, and the word of a tile");
-
-__device__ __forceinline__ void open_barrier(u32 bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
-// Wait until phase `phase` of a barrier is over.
-__device__ __forceinline__ void await(u32 bar, int phase) {
-  u32 over = 0;
-  while (!over)
-    asm volatile("{\n.reg .pred p;\n"
-                 "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(over) : "r"(bar), "r"(phase & 1) : "memory");
-  __syncwarp();
-}
+constexpr int X_SPANS = 16 / X_LANES, X_ITEMS = X_SPANS * NTOK / X_TOKENS / WARPS;  // of a block
+constexpr int X_BYTES = STAGED * X_BLOCK, PASSES = (CHUNK + STAGED - 1) / STAGED;
+static_assert(NWG == 4 && EARLY <= DEPTH && DEPTH <= CHUNK && PARTS <= 48,
+              "a tile a warpgroup, rings, and the word of a tile");
 
 // Of an 8 x 8 matrix of BF16, a pair of columns of row lane / 4 -> of column lane / 4 a pair of rows.
 __device__ __forceinline__ u32 transpose(u32 pair) {
@@ -310,9 +211,7 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
   u8* xs = memory;
   float* w_scale = (float*)(memory + X_BYTES + DEPTH * STAGE);  // [2][CHUNK]
   const u32 ring = shared_address(memory) + X_BYTES + tid * 16;
-  const u32 full = shared_address(memory) + X_BYTES + DEPTH * STAGE + CHUNK * 8;
-  const u32 empty = full + SLOTS * 8;
-  u64* shares = (u64*)(memory + X_BYTES + DEPTH * STAGE + CHUNK * 8 + SLOTS * 16);
+  u64* shares = (u64*)(w_scale + 2 * CHUNK);
 
   const u64 policy = read_once();
   const u8* from = weight + (size_t)(first_row + tid / 32 * 16 + g / 2 * 4 + g % 2) * K +
@@ -337,8 +236,6 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
     const int at = (first_row / 128 + tid / CHUNK) * num_blocks + block0 + tid % CHUNK;
     own_scale = E8M0 ? e8m0(scale[at]) : ((float*)scale)[at];
   }
-  if (tid < 2 * SLOTS) open_barrier(full + tid * 8, WARPS);
-  __syncthreads();
 
   // From here on what the kernel before this one wrote may be read. Of a block of x a lane stages
   // eight columns of token `first` and of every 32nd one after it.
@@ -391,77 +288,68 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
       store_shared(to ^ 48, __byte_perm(v[j].z, v[j].w, 0x7632));
 #endif
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncwarp();
-    if (lane == 0) arrive(full + s * 8);
   };
-  {
-    uint4 v[FIRST_ITEMS];
-#pragma unroll
-    for (int s = 0; s < SLOTS; s++) fetch(v + s * X_ITEMS, s);
-    __syncwarp();  // keeps the compiler from asking for weights first
-#pragma unroll
-    for (int i = EARLY; i < DEPTH; i++) copy_step();
-    if (tid < 2 * CHUNK) w_scale[tid] = own_scale;
-#pragma unroll
-    for (int s = 0; s < SLOTS; s++) place(v + s * X_ITEMS, s);
-  }
-  uint4 next[X_ITEMS];
-  if (REUSE) fetch(next, SLOTS);
 
   float total[ACC] = {};
   int slot = 0;
-  for (int b = 0; b < blocks; b++) {
-    u8* block = xs + b % SLOTS * X_BLOCK;
-    await(full + b % SLOTS * 8, b / SLOTS);
-    const float s = w_scale[wg / 2 * CHUNK + b];
-    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
-    const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(block) >> 4;
-    float part[ACC];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      u32 top[4], low[4];  // 16 columns of both rows; the second half while the first is multiplied
-      load_shared(top, ring + slot * STAGE + half * THREADS * 16);
-      load_shared(low, ring + slot * STAGE + (half + 2) * THREADS * 16);
-      u32 a[STEPS][4];
+  for (int pass = 0; pass < PASSES; pass++) {
+    const int begin = pass * STAGED, end = min(begin + STAGED, blocks);
+    if (pass > 0) __syncthreads();  // nobody reads the blocks before any more
+    uint4 v[STAGED * X_ITEMS];
 #pragma unroll
-      for (int j = 0; j < STEPS; j++) {
+    for (int i = 0; i < STAGED; i++) fetch(v + i * X_ITEMS, begin + i);
+    __syncwarp();  // keeps the compiler from asking for weights first
+    if (pass == 0) {
+#pragma unroll
+      for (int i = EARLY; i < DEPTH; i++) copy_step();
+      if (tid < 2 * CHUNK) w_scale[tid] = own_scale;
+    }
+#pragma unroll
+    for (int i = 0; i < STAGED; i++) place(v + i * X_ITEMS, i);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    for (int b = begin; b < end; b++) {
+      u8* block = xs + (b - begin) * X_BLOCK;
+      const float s = w_scale[wg / 2 * CHUNK + b];
+      asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+      const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(block) >> 4;
+      float part[ACC];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        u32 top[4], low[4];  // 16 columns of both rows; the second half while the first is multiplied
+        load_shared(top, ring + slot * STAGE + half * THREADS * 16);
+        load_shared(low, ring + slot * STAGE + (half + 2) * THREADS * 16);
+        u32 a[STEPS][4];
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) {
 #if QUANT
-        a[j][0] = top[2 * j], a[j][1] = low[2 * j];
-        a[j][2] = top[2 * j + 1], a[j][3] = low[2 * j + 1];
+          a[j][0] = top[2 * j], a[j][1] = low[2 * j];
+          a[j][2] = top[2 * j + 1], a[j][3] = low[2 * j + 1];
 #else
-        decode(top[j], a[j][0], a[j][2]);
-        decode(low[j], a[j][1], a[j][3]);
+          decode(top[j], a[j][0], a[j][2]);
+          decode(low[j], a[j][1], a[j][3]);
 #endif
+        }
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int j = 0; j < STEPS; j++)
+          mma(part, a[j], at + (QUANT ? half * 4 : half * (X_BLOCK >> 5)) + 2 * j, half + j > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       }
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      copy_step();  // into the slot that was just read
+      slot = slot + 1 == DEPTH ? 0 : slot + 1;
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-      for (int j = 0; j < STEPS; j++)
-        mma(part, a[j], at + (QUANT ? half * 4 : half * (X_BLOCK >> 5)) + 2 * j, half + j > 0);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    }
-    copy_step();  // into the slot that was just read
-    slot = slot + 1 == DEPTH ? 0 : slot + 1;
-    const int freed = b - DRIFT, staged = freed + SLOTS;
-    if (REUSE && freed >= 0 && staged < blocks) {
-      await(empty + freed % SLOTS * 8, freed / SLOTS);
-      place(next, freed % SLOTS);
-      fetch(next, staged + 1);
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < ACC; i++) {
-      asm volatile("" : "+f"(part[i])::"memory");
+      for (int i = 0; i < ACC; i++) {
+        asm volatile("" : "+f"(part[i])::"memory");
 #if QUANT
-      const float both = s * *x_scale(block, 0, i / 4 * 8 + 2 * q + i % 2);
+        const float both = s * *x_scale(block, 0, i / 4 * 8 + 2 * q + i % 2);
 #else
-      const float both = s;
+        const float both = s;
 #endif
-      total[i] = __fmaf_rn(part[i], both, total[i]);
-    }
-    if (REUSE) {
-      __syncwarp();
-      if (lane == 0) arrive(empty + b % SLOTS * 8);
+        total[i] = __fmaf_rn(part[i], both, total[i]);
+      }
     }
   }
 
@@ -509,15 +397,85 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
 #endif
 }
 #else
+// A block owns RT tiles of 64 rows and KW chunks of K, one (tile, chunk) or two for a warpgroup, and
+// all of x that they need. CLUSTER blocks with different chunks of the same rows add their sums
+// through distributed shared memory, chunk 0 first.
+constexpr int UNITS = RT * KW / NWG, BLOCKS = KW * CHUNK, X_BYTES = BLOCKS * X_BLOCK;
+constexpr int X_SPANS = BLOCKS * 16 / X_LANES, X_BATCH = 8;  // X_BATCH items on their way at a time
+constexpr int PITCH = 68;  // floats of 64 rows in the sums of a token
+static_assert(RT * KW % NWG == 0, "whole units for every warpgroup");
+
+// The same of 16 rows and 8 tokens by one warp. The rows, tokens and columns of a lane are those of
+// `mma`, and so are the bits. An instruction for a warp group takes the matrix unit about 33 clocks
+// however few the tokens are; these four take about 8.
+__device__ __forceinline__ void mma_warp(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 load_shared(u32 at) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+}
+
+// Write 8 columns of x to their places.
+__device__ __forceinline__ void stage(u8* xs, int token, int piece, const uint4& v) {
+  const int c = piece % 8, q = c / 2;
+#if QUANT
+#if QUANT == 2
+  const u32 low = v.x, high = v.y;
+  const float scale = e8m0(v.z);
+#else
+  u32 low, high;
+  const float scale = quantize(v, low, high);
+#endif
+  u8* tile = xs + piece / 16 * X_BLOCK;
+  const int chunk = piece / 8 % 2 * 4 + c % 2 * 2;
+  *(u32*)(tile + swizzled(token, chunk) + 4 * q) = low;
+  *(u32*)(tile + swizzled(token, chunk + 1) + 4 * q) = high;
+  if (piece % 16 == 0) *x_scale(xs, piece / 16, token) = scale;
+#else
+  u8* tile = xs + piece / 8 * (X_BLOCK / 2);
+  const u32 word[4] = {v.x, v.y, v.z, v.w};
+  for (int j = 0; j < 2; j++) {  // words hold columns (0, 1), (2, 3); pairs are (0, 2), (1, 3)
+    const int chunk = (c % 2 * 2 + j) * 2;
+    const u32 low = word[2 * j], high = word[2 * j + 1];
+    *(u32*)(tile + swizzled(token, chunk) + 4 * q) = __byte_perm(low, high, 0x5410);
+    *(u32*)(tile + swizzled(token, chunk + 1) + 4 * q) = __byte_perm(low, high, 0x7632);
+  }
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
+               ::: "memory");
+}
+
+__device__ __forceinline__ float4 load_cluster(u32 address, int rank) {
+  float4 v;
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there));
+  return v;
+}
+
+__device__ __forceinline__ void store_bf16(u8* to, const float4& v) {
+  *(uint2*)to = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
+}
+
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __restrict__ weight,
-                  const u8* scale, u8* y, float4* partial, int T, int N, int K, int x_stride,
-                  int group_rows, int parts) {
+                  const u8* scale, u8* y, int T, int N, int K, int x_stride, int group_rows) {
   extern __shared__ __align__(1024) u8 memory[];
   asm volatile("griddepcontrol.launch_dependents;");
   const int tid = threadIdx.x, wg = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
   const int g = lane / 4, q = lane % 4;
-  const int rank = blockIdx.x % parts, first_row = blockIdx.x / parts * (RT * 64);
+  const int rank = blockIdx.x % CLUSTER, first_row = blockIdx.x / CLUSTER * (RT * 64);
   const int num_blocks = K / 128, block0 = rank * BLOCKS;
   const int blocks = max(0, min(BLOCKS, num_blocks - block0));
   u8* xs = memory;
@@ -574,7 +532,7 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
     // Descriptor: 128-byte swizzle, 1024 bytes between groups of eight tokens.
     const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(block) >> 4;
     float part[ACC];
-#if WARP_MMA
+#if !QUANT
 #pragma unroll
     for (int i = 0; i < ACC; i++) part[i] = 0.0f;
 #endif
@@ -593,7 +551,12 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
         decode(low[j], a[j][1], a[j][3]);
 #endif
       }
-#if WARP_MMA
+#if QUANT
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) mma(part, a[j], at + half * 4 + 2 * j, half + j > 0);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
       const u32 x_at = shared_address(block) + half * (X_BLOCK / 2) + 4 * q;
 #pragma unroll
       for (int j = 0; j < STEPS; j++)
@@ -601,15 +564,9 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
         for (int i = 0; i < NTOK / 8; i++)
           mma_warp(part + 4 * i, a[j], load_shared(x_at + swizzled(8 * i + g, 2 * j)),
                    load_shared(x_at + swizzled(8 * i + g, 2 * j + 1)));
-#else
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-      for (int j = 0; j < STEPS; j++)
-        mma(part, a[j], at + (QUANT ? half * 4 : half * (X_BLOCK >> 5)) + 2 * j, half + j > 0);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
     }
-#if !WARP_MMA
+#if QUANT
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #endif
 #pragma unroll
@@ -649,52 +606,17 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
     return v;
   };
   float acc[UNITS][ACC] = {};
-#if WIDE
-  // All warpgroups are at the same block: x goes through two slots, a block ahead of its use, and
-  // the one after that is on its way to registers.
-  uint4 v[X_ITEMS];
-  auto item = [&](int j, int& token, int& piece) {
-    const int i = tid / 32 + j * NWG * 4;
-    token = i / X_SPANS * X_TOKENS + lane / X_LANES, piece = i % X_SPANS * X_LANES + lane % X_LANES;
-  };
-  auto fetch = [&](int b) {
-#pragma unroll
-    for (int j = 0; j < X_ITEMS; j++) {
-      int token, piece;
-      item(j, token, piece);
-      v[j] = load_x(token, b * 16 + piece);
-    }
-  };
-  auto place = [&](int b) {
-#pragma unroll
-    for (int j = 0; j < X_ITEMS; j++) {
-      int token, piece;
-      item(j, token, piece);
-      stage(xs + b % 2 * X_BLOCK, token, piece, v[j]);
-    }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  };
-  fetch(0);
-  place(0);
-  fetch(1);
-  for (int b = 0; b < blocks; b++) {
-    __syncthreads();  // block b is there, and nobody uses b - 1 any more
-    place(b + 1);
-    fetch(b + 2);
-    multiply(acc[0], xs + b % 2 * X_BLOCK, w_scale[wg * BLOCKS + b]);
-  }
-#else
   const int items = X_SPANS * ((T + X_TOKENS - 1) / X_TOKENS);
-  for (int first = tid / 32; first < items; first += X_BATCH * NWG * 4) {
+  for (int first = tid / 32; first < items; first += X_BATCH * WARPS) {
     uint4 v[X_BATCH];
 #pragma unroll
     for (int j = 0; j < X_BATCH; j++) {
-      const int i = first + j * NWG * 4, token = i / X_SPANS * X_TOKENS + lane / X_LANES;
+      const int i = first + j * WARPS, token = i / X_SPANS * X_TOKENS + lane / X_LANES;
       v[j] = load_x(token, i % X_SPANS * X_LANES + lane % X_LANES);
     }
 #pragma unroll
     for (int j = 0; j < X_BATCH; j++) {
-      const int i = first + j * NWG * 4, token = i / X_SPANS * X_TOKENS + lane / X_LANES;
+      const int i = first + j * WARPS, token = i / X_SPANS * X_TOKENS + lane / X_LANES;
       if (i < items) stage(xs, token, i % X_SPANS * X_LANES + lane % X_LANES, v[j]);
     }
   }
@@ -706,7 +628,6 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
     for (int b = first; b < first + count; b++)
       multiply(acc[u], xs + b * X_BLOCK, w_scale[unit_tile(u) * BLOCKS + b]);
   }
-#endif
 
   // Sums of the units: [unit][token][PITCH], over what x and the ring held.
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -721,13 +642,10 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
   const int num_chunks = (num_blocks + CHUNK - 1) / CHUNK;
   if (CLUSTER > 1) cluster_barrier(); else __syncthreads();
 #pragma unroll 4
-  for (int i = rank * (SPLIT ? 0 : THREADS) + tid; i < RT * NTOK * 16; i += CLUSTER * THREADS) {
+  for (int i = rank * THREADS + tid; i < RT * NTOK * 16; i += CLUSTER * THREADS) {
     const int tile = i / 16 % RT, token = i / 16 / RT, row = tile * 64 + i % 16 * 4;
     if (token >= T) break;
     const float* at = sums + (tile * NTOK + token) * PITCH + row % 64;
-#if SPLIT
-    partial[(((size_t)rank * T + token) * N + first_row + row) / 4] = *(const float4*)at;
-#else
     float4 total = *(const float4*)at;
     if (CLUSTER > 1) total = load_cluster(shared_address(at), 0);
 #pragma unroll
@@ -737,20 +655,7 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
         add(total, CLUSTER > 1 ? load_cluster(shared_address(other), c / KW) : *(const float4*)other);
     }
     store_bf16(y + ((size_t)token * N + first_row + row) * 2, total);
-#endif
   }
   if (CLUSTER > 1) cluster_barrier();
-}
-
-// y = the sum of `parts` partial sums, the first one first; `count` groups of four values.
-extern "C" __global__ void __launch_bounds__(256)
-linear_fp8_sum_kernel(const float4* partial, u8* y, int count, int parts) {
-  const int i = blockIdx.x * 256 + threadIdx.x;
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
-  if (i >= count) return;
-  float4 total = partial[i];
-#pragma unroll 8
-  for (int c = 1; c < parts; c++) add(total, partial[(size_t)c * count + i]);
-  store_bf16(y + (size_t)i * 8, total);
 }
 #endif

@@ -21,8 +21,8 @@ linear_fp8_w8a8_kernel = few.linear_fp8_kernel
 def sources() -> Iterator[tuple[cuda.Source, str]]:
     """What ahead-of-time compilation builds, and the instruction it must hold."""
     for T in (1, 16, 32, 64):
-        for shape in ((8192, 4096, 8), (32768, 1024, 1)):
-            yield linear_fp8_w8a8_kernel(few.plan(T, *shape, True), few.ROUNDED, True), "QGMMA"
+        for shape in ((8192, 4096, 8), *few.AOT_SHAPES):
+            yield linear_fp8_w8a8_kernel(few.plan(T, *shape), few.ROUNDED, True), "QGMMA"
 
 
 def launch(
