@@ -235,6 +235,34 @@ def test_zeros_of_tokens_without_keys_are_those_of_triton(
             assert_bits_equal("groups", ops.sparse_attn_decode(**turned), want)
 
 
+@pytest.mark.skipif(not is_hopper, reason="such blocks are of the kernel for Hopper")
+@pytest.mark.parametrize("H", [16, 70, 128])
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+@pytest.mark.parametrize("name", OPS)
+def test_blocks_that_go_on_give_the_same_bits(
+    name: str, H: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More programs than SMs, of all lengths; some tokens have no keys."""
+    requests = ((3000, 150), (100, 80), (0, 200))
+    args = AttentionCase(requests, H, 512, 128, padding=9, **ATTENTION_KINDS[kind]).args("cuda")
+    args["position"][40:43] = -1
+    module = getattr(ops.kernels, f"{name}_sm90")
+
+    def result() -> Tensor:
+        out = module.outputs(**args)
+        first = out[0] if isinstance(out, tuple) else out
+        first.fill_(float("nan"))
+        module.launch(**args, out=out)
+        return first
+
+    monkeypatch.setattr(decode_sm90, "LOOPS", False)
+    want = result()
+    assert want.isfinite().all()
+    monkeypatch.setattr(decode_sm90, "LOOPS", True)
+    for _ in range(5):
+        assert_bits_equal("going on", result(), want)
+
+
 @pytest.mark.parametrize("H", [16, 64])
 def test_addresses_beyond_two_gigabytes(H: int) -> None:
     args = AttentionCase(((255, 1),), H, 512, 128, per_page=64).args("cuda")

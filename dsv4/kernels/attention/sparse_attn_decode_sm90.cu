@@ -43,9 +43,10 @@ struct Params {
     int T, H, K, max_pages, tiles_each, parts, rows, page_rows, ratio, entry_words, page_magic, is_rotated;
 };
 
-struct Query {
+struct Query {  // what a program does: tiles first .. end - 1 of the token's
     i64 t, slot;
-    int part, share, position, first_row, first_position, visible, num_entries, window_tiles, head;
+    int part, share, head, window_tiles, first, end, num_tiles;
+    int position, first_row, first_position, visible, num_entries;
 };
 
 // Plain loads everywhere: the kernel starts before the one in front of it has written, so nothing it
@@ -269,18 +270,19 @@ __device__ __forceinline__ void store_row(
     *reinterpret_cast<uint4*>(block + swizzled(r, lane + 4)) = raw[8];
 }
 
+// `before` tiles went through the buffers for other programs.
 __device__ __forceinline__ void produce(
-    const Params& p, const Query& query, int first, int end, const int (&early)[2], u8* smem,
-    u32 full, u32 empty) {
+    const Params& p, const Query& query, int before, const int (&early)[2], u8* smem, u32 full,
+    u32 empty) {
     int tid = threadIdx.x - 256, lane = tid % 4, r = tid / 4;
     float* bias = reinterpret_cast<float*>(smem + BIAS_AT);
     uint4 raw[9];
     uint2 scales;
-    int entry = checked(p, query, first, r, early[0]), next = early[1];
-    Row row = row_of(p, query, first, r, entry, page_of(p, query, entry));
+    int entry = checked(p, query, query.first, r, early[0]), next = early[1];
+    Row row = row_of(p, query, query.first, r, entry, page_of(p, query, entry));
     load_row(row, lane, raw, scales);
-    for (int i = first; i < end; i++) {
-        int n = i - first, stage = n % STAGES;
+    for (int i = query.first; i < query.end; i++) {
+        int n = before + i - query.first, stage = n % STAGES;
         entry = checked(p, query, i + 1, r, next);
         int page = page_of(p, query, entry);
         next = listed(p, query, i + 2, r);
@@ -292,7 +294,7 @@ __device__ __forceinline__ void produce(
         if (lane == 0) bias[stage * TILE + r] = row.live ? 0.f : -INFINITE;
         fence_async();
         barrier_arrive(full + 8 * stage);
-        if (i + 1 < end) {
+        if (i + 1 < query.end) {
             row = row_of(p, query, i + 1, r, entry, page);
             load_row(row, lane, raw, scales);
         }
@@ -407,7 +409,7 @@ __device__ __forceinline__ void merge(
     for (int i = 0; i < 32; i++) acc[i] = fmaf(d[i], beta[i / 2 % 2], acc[i]);
 }
 
-// Scores and values of tile n of the block's, merged into `state`.
+// Scores and values of a tile, the n-th that goes through the buffers, merged into `state`.
 __device__ __forceinline__ void attend_tile(
     const Params& p, const Query& query, int n, u8* smem, u32 full, u32 empty, State& state) {
     int wg = threadIdx.x / 128, stage = n % STAGES;
@@ -457,34 +459,77 @@ __device__ __forceinline__ float2 turned_back(float a, float b, float cos, float
     return make_float2(fmaf(a, cos, __fmul_rn(b, sin)), imaginary);
 }
 
+__device__ __forceinline__ float sink_of(const Params& p, const Query& query, int k) {
+    int h = head_of(query, k);
+    return p.sink[h < p.H ? h : 0];
+}
+
+struct Angles {  // of a thread's pairs in the last 64 dims
+    float cos[8], sin[8];
+};
+
+// All under way at once: behind the first result that leaves, loads wait for stores.
+__device__ __forceinline__ Angles load_angles(const Params& p, const Query& query) {
+    Angles angles = {};
+    if (threadIdx.x / 128 == 1 && p.is_rotated) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            i64 pair = query.t * 32 + 4 * j + threadIdx.x % 4;
+            angles.cos[j] = p.cos[pair], angles.sin[j] = p.sin[pair];
+        }
+    }
+    return angles;
+}
+
 // Dims c * 64 + 8 j + column and the next of this warp group's half, divided and rotated back: BF16.
 __device__ __forceinline__ u32 finished(
-    const Params& p, const Query& query, const State& state, int c, int j, int k, float inverse) {
+    const Params& p, const Angles& angles, const State& state, int c, int j, int k,
+    float inverse) {
     float a = state.acc[c][4 * j + 2 * k] * inverse;
     float b = state.acc[c][4 * j + 2 * k + 1] * inverse;
     if (c == 3 && threadIdx.x / 128 == 1 && p.is_rotated) {
-        int pair = 4 * j + threadIdx.x % 4;
-        float2 back =
-            turned_back(a, b, p.cos[query.t * 32 + pair], p.sin[query.t * 32 + pair]);
+        float2 back = turned_back(a, b, angles.cos[j], angles.sin[j]);
         a = back.x, b = back.y;
     }
     return pack_bf16(a, b);
 }
 
+// The four threads of a row have a word each of chunks 0 to 3; then each has all words of one.
+__device__ __forceinline__ void transpose_words(u32 (&x)[4]) {
+    bool is_odd = threadIdx.x & 1, is_upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        u32 other = __shfl_xor_sync(~0u, is_odd ? x[i] : x[i + 1], 1);
+        x[i] = is_odd ? other : x[i];
+        x[i + 1] = is_odd ? x[i + 1] : other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 other = __shfl_xor_sync(~0u, is_upper ? x[i] : x[i + 2], 2);
+        x[i] = is_upper ? other : x[i];
+        x[i + 2] = is_upper ? x[i + 2] : other;
+    }
+}
+
+// In 16 bytes a thread, of whole sectors; heads beyond the last take part, and only write nothing.
 __device__ __forceinline__ void store_bf16(const Params& p, const Query& query, const State& state) {
-    int wg = threadIdx.x / 128, column = threadIdx.x % 4 * 2;
+    int wg = threadIdx.x / 128, quad = threadIdx.x % 4;
+    float sinks[2] = {sink_of(p, query, 0), sink_of(p, query, 1)};
+    Angles angles = load_angles(p, query);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int h = head_of(query, k);
-        if (h >= p.H) continue;
-        float inverse = inverse_sum(p.sink[h], state.m[k], state.l[k]);
-        u8* out = p.out + ((query.t * p.H + h) * C + wg * 256) * 2;
+        bool live = h < p.H;
+        float inverse = inverse_sum(sinks[k], state.m[k], state.l[k]);
+        u8* out = p.out + ((query.t * p.H + h) * C + wg * 256 + quad * 8) * 2;
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
+        for (int i = 0; i < 8; i++) {  // 32 dims of the row
+            u32 x[4];
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-                *reinterpret_cast<u32*>(out + (c * 64 + 8 * j + column) * 2) =
-                    finished(p, query, state, c, j, k, inverse);
+            for (int j = 0; j < 4; j++)
+                x[j] = finished(p, angles, state, i / 2, i % 2 * 4 + j, k, inverse);
+            transpose_words(x);
+            if (live) *reinterpret_cast<uint4*>(out + i * 64) = make_uint4(x[0], x[1], x[2], x[3]);
         }
     }
 }
@@ -516,18 +561,20 @@ __device__ __forceinline__ unsigned short pack_fp8(u32 pair, float factor) {
 // exchanges them as a whole: heads beyond the last take part, and only write nothing.
 __device__ __forceinline__ void store_fp8(const Params& p, const Query& query, const State& state) {
     int wg = threadIdx.x / 128, column = threadIdx.x % 4 * 2;
+    float sinks[2] = {sink_of(p, query, 0), sink_of(p, query, 1)};
+    Angles angles = load_angles(p, query);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         int h = head_of(query, k);
         bool live = h < p.H;
-        float inverse = inverse_sum(p.sink[live ? h : 0], state.m[k], state.l[k]);
+        float inverse = inverse_sum(sinks[k], state.m[k], state.l[k]);
         i64 row = query.t * p.H + h;
 #pragma unroll
         for (int group = 0; group < 2; group++) {
             u32 pairs[16], amax = 0;
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                pairs[i] = finished(p, query, state, 2 * group + i / 8, i % 8, k, inverse);
+                pairs[i] = finished(p, angles, state, 2 * group + i / 8, i % 8, k, inverse);
                 amax = max(amax, magnitude(pairs[i]));
             }
             amax = max(amax, __shfl_xor_sync(~0u, amax, 1));
@@ -758,20 +805,113 @@ __device__ __forceinline__ void finish_share(
     }
 }
 
-// All copies under way at once; heads beyond the last are zeros.
+// All copies under way at once; heads beyond the last are zeros. A thread has every fourth head.
 __device__ __forceinline__ void load_query(const Params& p, const Query& query, u8* smem) {
+    int chunk = threadIdx.x % 64, first = threadIdx.x / 64, left = p.H - query.head;
+    u32 block = shared_address(smem) + chunk / 8 * BLOCK_BYTES;
+    u32 to[2] = {
+        block + swizzled(first, chunk % 8), block + swizzled(first + 4, chunk % 8)};
+    const u8* from = p.q + (query.t * p.H + query.head + first) * C * 2 + chunk * 16;
 #pragma unroll
-    for (int j = 0; j < HEADS * 64 / 256; j++) {
-        int i = threadIdx.x + j * 256, h = i / 64, chunk = i % 64;
-        bool live = query.head + h < p.H;
-        const u8* from = p.q + (query.t * p.H + (live ? query.head + h : 0)) * C * 2 + chunk * 16;
+    for (int j = 0; j < HEADS / 4; j++) {
+        bool live = first + 4 * j < left;
         asm volatile(
-            "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                shared_address(smem) + chunk / 8 * BLOCK_BYTES + swizzled(h, chunk % 8)),
-            "l"(from), "r"(live ? 16 : 0)
+            "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to[j % 2] + j / 2 * 1024),
+            "l"(live ? from + j * 4 * C * 2 : p.q), "r"(live ? 16 : 0)
             : "memory");
     }
+}
+
+__device__ __forceinline__ void await_query() {  // every consumer, for the copies of all
     asm volatile("cp.async.wait_all;" ::: "memory");
+    fence_async();
+    consumers_sync();
+}
+
+// A program's token, heads and place among those of the token.
+__device__ __forceinline__ Query program_at(const Params& p, int index) {
+    Query query;
+    int head_blocks = (p.H + HEADS - 1) / HEADS;
+    if (SPLIT) {  // blocks of a cluster are neighbours
+        query.part = index % p.parts;
+        query.share = index / p.parts % SHARES;
+        query.head = index / p.parts / SHARES % head_blocks * HEADS;
+        query.t = index / p.parts / SHARES / head_blocks;
+    } else {
+        query.head = index % head_blocks * HEADS;
+        query.t = index / head_blocks / p.parts;
+        query.part = index / head_blocks % p.parts;
+        query.share = 0;
+    }
+    query.window_tiles = (p.rows + TILE - 1) / TILE;
+    query.first = query.part * p.tiles_each;
+    return query;
+}
+
+// Asked for first: what is known of the token only says whether it counts.
+__device__ __forceinline__ void list_first(const Params& p, const Query& query, int (&early)[2]) {
+    int row = threadIdx.x % 256 / 4;
+    early[0] = listed(p, query, query.first, row);
+    early[1] = listed(p, query, query.first + 1, row);
+}
+
+__device__ __forceinline__ void look_up(const Params& p, Query& query) {
+    query.slot = p.slot[query.t];
+    query.position = static_cast<int>(p.position[query.t]);
+    query.first_row = static_cast<int>(p.first_row[query.t]);
+    query.first_position = static_cast<int>(p.first_position[query.t]);
+    query.visible = (query.position + 1) / p.ratio;
+    query.num_entries = p.entry_words ? p.K : min(query.visible, p.K);
+    query.num_tiles = query.window_tiles + (query.num_entries + TILE - 1) / TILE;
+    if (query.slot < 0) query.num_tiles = 0;
+    query.end = min(query.first + min(p.tiles_each, query.num_tiles), query.num_tiles);
+}
+
+// A block of a cluster.
+__device__ __forceinline__ void consume_and_combine(
+    const Params& p, const Query& query, u8* smem, u32 full, u32 empty) {
+    load_query(p, query, smem);
+    await_query();
+    State states[MAX_EACH];
+#pragma unroll
+    for (int i = 0; i < MAX_EACH; i++) {
+        states[i] = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
+        if (query.first + i < query.end) attend_tile(p, query, i, smem, full, empty, states[i]);
+    }
+    consumers_sync();  // products of both warp groups are done with what the sums overwrite
+#pragma unroll
+    for (int i = 0; i < MAX_EACH; i++)
+        if (query.first + i < query.end) leave_part(smem, states[i], i);
+    finish_share(p, query, smem, query.num_tiles);
+    cluster_sync();  // none leaves before all have read
+}
+
+// Programs at gridDim.x from each other. All of a token are looked up, and queries fetched, while the
+// results before leave; the producers are ahead by as many tiles as there are buffers.
+__device__ __forceinline__ void consume(
+    const Params& p, Query query, int programs, u8* smem, u32 full, u32 empty) {
+    load_query(p, query, smem);
+    for (int index = blockIdx.x, n = 0; index < programs; index += gridDim.x) {
+        await_query();
+        State state = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
+        for (int i = query.first; i < query.end; i++)
+            attend_tile(p, query, n++, smem, full, empty, state);
+        // Both warp groups have exchanged scores since, or met above: none reads the queries.
+        Query next = query;
+        if (index + gridDim.x < programs) {
+            next = program_at(p, index + gridDim.x);
+            load_query(p, next, smem);
+            look_up(p, next);
+        }
+        if (p.parts > 1) {
+            store_part(p, query, state);
+        } else if (FP8) {
+            store_fp8(p, query, state);
+        } else {
+            store_bf16(p, query, state);
+        }
+        query = next;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
@@ -801,72 +941,35 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         asm volatile("prefetch.global.L2 [%0];" ::"l"(sink + threadIdx.x * 32));
     __syncthreads();
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    Query query;
-    int head_blocks = (H + HEADS - 1) / HEADS;
-    if (SPLIT) {  // blocks of a cluster are neighbours
-        query.part = blockIdx.x % parts;
-        query.share = blockIdx.x / parts % SHARES;
-        query.head = blockIdx.x / parts / SHARES % head_blocks * HEADS;
-        query.t = blockIdx.x / parts / SHARES / head_blocks;
-    } else {
-        query.head = blockIdx.x % head_blocks * HEADS;
-        query.t = blockIdx.x / head_blocks / parts;
-        query.part = blockIdx.x / head_blocks % parts;
-        query.share = 0;
-    }
-    query.window_tiles = (rows + TILE - 1) / TILE;
-    int first = query.part * tiles_each, listed_row = threadIdx.x % 256 / 4;
-    // Asked for first: what is known of the query only says whether it counts.
-    int early[2] = {
-        listed(p, query, first, listed_row), listed(p, query, first + 1, listed_row)};
-    query.slot = slot[query.t];
-    query.position = static_cast<int>(position[query.t]);
-    query.first_row = static_cast<int>(first_row[query.t]);
-    query.first_position = static_cast<int>(first_position[query.t]);
-    query.visible = (query.position + 1) / ratio;
-    query.num_entries = entry_words ? K : min(query.visible, K);
-    int num_tiles = query.window_tiles + (query.num_entries + TILE - 1) / TILE;
-    if (query.slot < 0) num_tiles = 0;
-    int end = min(first + min(tiles_each, num_tiles), num_tiles);
-    if (!SPLIT && parts > 1 && first >= num_tiles) return;
+    Query query = program_at(p, blockIdx.x);
+    int early[2], programs = T * ((H + HEADS - 1) / HEADS) * parts;
+    list_first(p, query, early);
+    look_up(p, query);
+    if (!SPLIT && parts > 1 && query.first >= query.num_tiles) return;  // the block's only one
 
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-        if (first < end) produce(p, query, first, end, early, smem, full, empty);
-        if (SPLIT) {
-            cluster_sync();
-            cluster_sync();
+#if SPLIT
+        if (query.first < query.end) produce(p, query, 0, early, smem, full, empty);
+        cluster_sync();
+        cluster_sync();
+#else
+        for (int index = blockIdx.x, n = 0;;) {
+            if (query.first < query.end) produce(p, query, n, early, smem, full, empty);
+            n += query.end - query.first;
+            index += gridDim.x;
+            if (index >= programs) break;
+            query = program_at(p, index);
+            list_first(p, query, early);
+            look_up(p, query);
         }
+#endif
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
-        load_query(p, query, smem);
-        fence_async();
-        consumers_sync();
 #if SPLIT
-        State states[MAX_EACH];
-#pragma unroll
-        for (int i = 0; i < MAX_EACH; i++) {
-            states[i] = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
-            if (first + i < end)
-                attend_tile(p, query, i, smem, full, empty, states[i]);
-        }
-        consumers_sync();  // products of both warp groups are done with what the sums overwrite
-#pragma unroll
-        for (int i = 0; i < MAX_EACH; i++)
-            if (first + i < end) leave_part(smem, states[i], i);
-        finish_share(p, query, smem, num_tiles);
-        cluster_sync();  // none leaves before all have read
+        consume_and_combine(p, query, smem, full, empty);
 #else
-        State state = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
-        for (int i = first; i < end; i++)
-            attend_tile(p, query, i - first, smem, full, empty, state);
-        if (parts > 1) {
-            store_part(p, query, state);
-        } else if (FP8) {
-            store_fp8(p, query, state);
-        } else {
-            store_bf16(p, query, state);
-        }
+        consume(p, query, programs, smem, full, empty);
 #endif
     }
 }
