@@ -8,7 +8,6 @@ from dsv4.core.dispatch import select
 from dsv4.core.op import dsv4_op
 from dsv4.kernels import mhc as kernels
 
-FEW_TOKENS = 0  # up to how many (at most 8) small blocks stand in for a cluster; same bits
 # Best first. All but the last of each take BF16 streams of some widths; see `_kernel`.
 MHC_POST_PRE = (kernels.mhc_post_pre_sm90, kernels.mhc_post_pre)
 MHC_POST_PRE_FEW = (kernels.mhc_post_pre_few_sm90, *MHC_POST_PRE)
@@ -33,8 +32,7 @@ def mhc_post_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See dsv4.reference.mhc.mhc_post_pre."""
     args = (o, x, post, comb, fn, scale, base, norm, iters, norm_eps, eps, quantise)
-    is_few = x.dim() == 3 and x.shape[0] <= FEW_TOKENS and not quantise
-    kernel = _kernel(MHC_POST_PRE_FEW if is_few else MHC_POST_PRE, x)
+    kernel = _kernel(MHC_POST_PRE if quantise else MHC_POST_PRE_FEW, x)
     out = kernel.outputs(*args)
     kernel.launch(*args, out)
     streams, y, new_post, new_comb, value, fp8_scale = out[:6]

@@ -219,6 +219,7 @@ def test_which_kernels_take_few_tokens() -> None:
     assert few.why_not(x[:0]) is None
     for other, reason in (
         (torch.zeros(9, 4, 4096, dtype=BF16), "at most 8 tokens, got 9"),
+        (torch.zeros(5, 4, 7168, dtype=BF16), "at most 4 tokens, got 5"),
         (x.float(), "expected torch.bfloat16"),
         (torch.zeros(1, 4, 4224, dtype=BF16), "a multiple of 1024"),
     ):
@@ -227,21 +228,22 @@ def test_which_kernels_take_few_tokens() -> None:
     assert few.EXCHANGE_INTS * 4 == 8 * 5 * 224 * 2 * 16 + 8 * 224 * 8 + 9 * 4
 
 
-@pytest.mark.parametrize("most", [0, 1, 8])
-def test_few_tokens_take_small_blocks(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """One constant says up to how many; a copy in FP8 and other widths stay where they were."""
+def test_few_tokens_take_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a copy in FP8, other widths, or many tokens of a large one."""
     used: list[str] = []
     for name in ("mhc_post_pre_few_sm90", "mhc_post_pre_sm90", "mhc_post_pre"):
         monkeypatch.setattr(
             getattr(kernels, name), "launch", lambda *args, name=name, **kwargs: used.append(name)
         )
     monkeypatch.setattr(ops, "select", lambda specs, device: specs[0])
-    monkeypatch.setattr(ops, "FEW_TOKENS", most)
-    calls = [(1, 1024, False), (8, 1024, False), (9, 1024, False), (1, 1024, True), (1, 256, False)]
-    for T, D, quantise in calls:
+    few, wide, portable = "mhc_post_pre_few_sm90", "mhc_post_pre_sm90", "mhc_post_pre"
+    for T, D, quantise, want in (
+        (1, 1024, False, few), (8, 4096, False, few), (9, 1024, False, wide),
+        (4, 7168, False, few), (5, 7168, False, wide), (1, 1024, True, wide),
+        (1, 256, False, portable),
+    ):  # fmt: skip
         ops.mhc_post_pre(**mhc_case("mhc_post_pre", T, D, quantise=quantise))
-    few, wide = "mhc_post_pre_few_sm90", "mhc_post_pre_sm90"
-    assert used == [few if most >= T else wide for T in (1, 8)] + [wide, wide, "mhc_post_pre"]
+        assert used.pop() == want, (T, D, quantise)
 
 
 def test_memory_of_a_capture_and_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -455,6 +455,7 @@ __device__ __forceinline__ float inverse_sum(float sink, float m, float l) {
 
 // A pair of dims turned back. From zero, as Triton negates: a token without keys gives no -0.
 __device__ __forceinline__ float2 turned_back(float a, float b, float cos, float sin) {
+    cos += 0.f, sin += 0.f;  // there too: no zero of theirs is negative
     float imaginary = fmaf(b, cos, __fsub_rn(0.f, __fmul_rn(a, sin)));
     return make_float2(fmaf(a, cos, __fmul_rn(b, sin)), imaginary);
 }

@@ -31,7 +31,7 @@ SLOTS, IMAGE_BYTES, SUM_BYTES = 5, TOKENS * BLOCK * 2, ROWS * TOKENS * 4
 CONFIG = {"threads": 384, "shared_bytes": SLOTS * (IMAGE_BYTES + 16) + SUM_BYTES}
 # Costs in steps of 128 columns, about 1 us: the kernel that adds chunks, and FP32 numbers that are
 # written and read.
-SUM_STEPS, STEP_NUMBERS = 6, 1 << 18
+SUM_STEPS, STEP_NUMBERS = 4, 1 << 20
 
 
 @cache

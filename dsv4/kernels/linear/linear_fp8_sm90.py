@@ -29,9 +29,9 @@ MAX_TOKENS = 64
 SHARED_BYTES = 227 << 10
 PITCH_BYTES = 68 * 4  # of the sums of one token
 # Columns of the matrix instruction -> steps of weights under way, at most.
-CONFIG = {8: 4, 16: 4, 32: 4, 64: 3}
+CONFIG = {8: 4, 16: 4, 32: 3, 64: 3}
 MOST_CLUSTERED = 16  # columns up to which all of an output is added within a cluster
-EARLY_STEPS = 2  # of weights, for more columns, asked for before the kernel in front has ended
+EARLY_STEPS = 1  # of weights, for more columns, asked for before the kernel in front has ended
 PATIENCE = 30_000  # clocks that a block waits for others
 KEEP, ROUND, ROUNDED = range(3)  # what happens to x
 WARPGROUPS = 4

@@ -23,7 +23,7 @@ from dsv4.kernels.mhc.mhc_post_pre_sm90 import REFERENCE, outputs
 
 __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "mhc_post_pre_kernel", "outputs", "why_not"]
 
-MAX_TOKENS = 8
+MAX_TOKENS, MAX_WIDE_TOKENS = 8, 4  # wide: where blocks of eight warps would spill registers
 COLUMNS = 32  # of a block
 # Tokens up to -> warps of a block; each gathers the sums of one token. Beside wo_b (512 threads of
 # 88 registers) 160 registers are left for a thread of four warps, 80 for one of eight.
@@ -44,13 +44,18 @@ def mhc_post_pre_kernel(T: int, D: int, norm_bf16: bool = True) -> cuda.Source:
     return cuda.Source.of(path, "mhc_post_pre_kernel", defines, shared)
 
 
+def most_tokens(D: int) -> int:
+    """How many a launch takes."""
+    return MAX_TOKENS if D <= 4096 else MAX_WIDE_TOKENS
+
+
 def why_not(x: Tensor, quantise: bool = False) -> str | None:
     """Why these streams need another kernel, or None."""
     T, D = x.shape[0], x.shape[-1]
     if quantise:
         return "quantise: makes no FP8 copy"
-    if T > MAX_TOKENS:
-        return f"x: expected at most {MAX_TOKENS} tokens, got {T}"
+    if T > (most := most_tokens(D)):
+        return f"x: expected at most {most} tokens, got {T}"
     if reason := mhc_cluster.why_not(x):
         return reason
     if x.is_cuda:  # blocks wait for each other
@@ -94,7 +99,8 @@ def _kernel(source: cuda.Source, device: torch.device) -> cuda.Kernel:
 
 def sources() -> list[tuple[cuda.Source, str]]:
     """What is compiled ahead of time, with the instruction each must hold."""
-    sizes = ((T, D, bf16) for T in CONFIG for D in (4096, 7168) for bf16 in (True, False))
+    shapes = (4, 4096), (MAX_TOKENS, 4096), (MAX_WIDE_TOKENS, 7168)
+    sizes = ((T, D, bf16) for T, D in shapes for bf16 in (True, False))
     return [(mhc_post_pre_kernel(*s), "HMMA.16816") for s in sizes]
 
 
