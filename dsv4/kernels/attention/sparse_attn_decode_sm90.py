@@ -31,7 +31,6 @@ HEADS, DIMS = 64, 512
 # How many clusters may share the value dims of a token, and the fewest blocks of such a cluster:
 # with fewer, each has so many heads to finish that a second kernel is faster.
 SPLITS = {4: 1, 2: 8}
-LOOPS = False  # whether blocks, where a program has all tiles, are as many as SMs and go on
 MAX_CLUSTER, MAX_EACH = 16, 2  # blocks of a cluster; tiles of a block, where 4 share the dims
 
 
@@ -142,9 +141,9 @@ def run(
     chosen = page_table if entries is None else entries
     kernel = load(source(out.scale is not None, split), q.device, CONFIG["shared_bytes"])
     programs = shape.T * -(-shape.H // HEADS) * parts * max(split, 1)
-    goes_on = LOOPS and parts == 1
+    # A block that has all tiles of a program goes on to another.
     kernel.launch(
-        min(programs, kernel.num_sms) if goes_on else programs, CONFIG["threads"],
+        min(programs, kernel.num_sms) if parts == 1 else programs, CONFIG["threads"],
         q, step, window, pages, page_table, chosen, slot, position, first_row, first_position,
         sink, *angles, *out, sums, stats, scale * LOG2_E, shape.T, shape.H, shape.num_entries,
         page_table.shape[1], each, parts, rows, entries_per_page, ratio,

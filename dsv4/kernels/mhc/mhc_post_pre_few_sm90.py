@@ -52,9 +52,10 @@ def most_tokens(D: int) -> int:
 def why_not(x: Tensor, quantise: bool = False) -> str | None:
     """Why these streams need another kernel, or None."""
     T, D = x.shape[0], x.shape[-1]
+    most = most_tokens(D)
     if quantise:
         return "quantise: makes no FP8 copy"
-    if T > (most := most_tokens(D)):
+    if most < T:
         return f"x: expected at most {most} tokens, got {T}"
     if reason := mhc_cluster.why_not(x):
         return reason
