@@ -181,8 +181,8 @@ __device__ __forceinline__ void find_last(
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) topk_select_kernel(const Args args) {
     __shared__ Shared shared;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     const int tid = threadIdx.x;
     const long long t = MERGE ? blockIdx.x : blockIdx.x / args.blocks;
     const int block = MERGE ? 0 : blockIdx.x % args.blocks;

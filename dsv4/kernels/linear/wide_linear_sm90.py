@@ -28,6 +28,9 @@ __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "outputs", "wide_linear_kern
 
 MAX_TOKENS = 64
 SHARED_BYTES = 227 << 10
+# Weights under way in a block, for up to 8 tokens: it then starts beside two blocks of
+# mhc_post_pre_few_sm90.
+FEW_WEIGHT_BYTES = 128 << 10
 THREADS = 128 * WIDE_CHUNKS
 PITCH_BYTES = 68 * 4  # of the sums of one token
 PUSH_TOKENS = 16  # the sums of more leave too little room for weights
@@ -58,6 +61,8 @@ def plan(T: int, N: int, K: int) -> Plan:
     is_push = c.cluster > 1 and tokens <= PUSH_TOKENS
     sent = c.num_chunks * triton.cdiv(tokens, c.cluster) * c.rows * 4 + 16 if is_push else 0
     depth = min(steps, (SHARED_BYTES - sent - x_bytes) // step_bytes)
+    if tokens == 8:
+        depth = min(depth, FEW_WEIGHT_BYTES // step_bytes)
     is_ring = depth < min(steps, CONFIG[tokens])
     if is_ring:
         x_bytes, step_bytes = 0, step_bytes + x_step_bytes
