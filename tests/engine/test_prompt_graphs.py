@@ -10,6 +10,7 @@ import torch
 from dsv4.cache.request import Step
 from dsv4.core.sampling import SamplingParams
 from dsv4.engine import stepper as module
+from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.stepper import Stepper
@@ -21,6 +22,10 @@ CONFIG = served_config(num_hidden_layers=3, compress_ratios=(0, 4, 128), num_has
 WEIGHTS = random_weights(CONFIG)
 PROMPTS = [random_ids(CONFIG, n, seed=n).tolist() for n in (1, 7, 8, 9, 32, 33, 60, 130)]
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
+LIMITS = EngineLimits(max_context=256, max_requests=4, max_rows=64)
+DRAFTED = served_config(
+    num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=1, num_nextn_predict_layers=1
+)
 
 
 @pytest.fixture
@@ -35,8 +40,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def model() -> ProductionModel:
-    limits = EngineLimits(max_context=256, max_requests=4, max_rows=64)
-    return production(CONFIG, WEIGHTS, limits=limits)
+    return production(CONFIG, WEIGHTS, limits=LIMITS)
 
 
 def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
@@ -60,7 +64,7 @@ def test_recorded_prompts_get_the_tokens_of_eager_ones(recorder: Recorder) -> No
         finally:
             steps.add((len(step.rows.slot), recorder.num_replays - before))
 
-    stepper.prefill = watched
+    stepper.prefill = watched  # type: ignore[method-assign]
     assert answers(engine, PROMPTS) == answers(eager, PROMPTS)
     for prompt in PROMPTS:
         assert answers(engine, [prompt]) == answers(eager, [prompt])
@@ -92,3 +96,18 @@ def test_sizes_beyond_the_rows_of_a_step_are_cut(recorder: Recorder) -> None:
     assert stepper.prompt_sizes == [16, 64]
     assert [stepper.padded_prompt(n) for n in (1, 16, 17, 64, 65)] == [16, 16, 64, 64, None]
     assert Stepper(own, use_graphs=False).padded_prompt(1) is None
+
+
+def test_drafts_after_recorded_prompts_are_those_after_eager_ones(recorder: Recorder) -> None:
+    """The MTP block runs behind the replay, over the same padded rows."""
+    weights, engines = random_weights(DRAFTED), []
+    for use_graphs in (True, False):
+        own = production(DRAFTED, weights, limits=LIMITS, with_mtp=True)
+        engines.append(Engine(own, DraftingStepper(own, use_graphs=use_graphs)))
+    recorded, eager = engines
+    assert recorded.stepper.prompt_sizes == [16, 64]
+    for prompts in (PROMPTS, *([prompt] for prompt in PROMPTS)):
+        before = recorder.num_replays
+        assert answers(recorded, prompts) == answers(eager, prompts)
+        assert recorder.num_replays > before
+        assert torch.equal(recorded.stepper.draft[:-1], eager.stepper.draft[:-1]), prompts
