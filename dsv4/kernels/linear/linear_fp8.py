@@ -196,14 +196,14 @@ def outputs(
     x: Tensor, weight: Tensor, scale: Tensor, groups: int, quantize_input: bool
 ) -> tuple[Tensor, ...]:
     """Allocate y [T, N] BF16; what programs of one tile share, partial sums and counters; and
-    tokens with their columns in order, in whole tiles, with their scales if they are rounded."""
+    tokens with their columns in order, with their scales if they are rounded."""
     check_int("groups", groups)
     T, N, K = x.shape[0], weight.shape[0], weight.shape[1]
     y = result(x, weight, scale, groups, quantize_input)
     staged, staged_scale = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     if _is_staged(T, K):
         dtype = torch.float8_e4m3fn if quantize_input else x.dtype
-        staged = x.new_empty(-(-T // 128) * 128, x.shape[1], dtype=dtype)
+        staged = torch.empty_like(x, dtype=dtype)
         staged_scale = staged_scale.new_empty(T * groups * K // 128 if quantize_input else 0)
     if T == 0:
         none = x.new_empty(0, dtype=torch.int32)

@@ -19,6 +19,7 @@ from torch import Tensor
 from dsv4.core.dispatch import KernelSpec
 from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels.common import cuda
+from dsv4.kernels.common.checks import check_aligned
 from dsv4.kernels.common.linear_plan import BLOCK, NUM_SMS, cut
 from dsv4.kernels.linear import linear_fp8
 from dsv4.kernels.linear.linear_fp8 import FEW_TOKENS, REFERENCE, check
@@ -88,6 +89,7 @@ def launch(
             f"and groups of whole tiles of {ROWS} rows and {BLOCK} columns, got {T} tokens for "
             f"[{N}, {K}] in {groups} groups: call torch.ops.dsv4.linear_fp8"
         )
+    check_aligned(16, y=y, images=images, partial=partial)
     parts, x_blocks, tiles = num_parts(T, N, K, groups), groups * K // BLOCK, -(-T // TOKENS)
     is_e8m0 = scale.dtype == torch.float8_e8m0fnu
 

@@ -400,9 +400,14 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
 // A block owns RT tiles of 64 rows and KW chunks of K, one (tile, chunk) or two for a warpgroup, and
 // all of x that they need. CLUSTER blocks with different chunks of the same rows add their sums
 // through distributed shared memory, chunk 0 first.
+//
+// PUSH  whether a warp sends its sums to the block that adds them as soon as it has them; else they lie
+//       where x and weights did, and are read once all of a cluster have theirs
 constexpr int UNITS = RT * KW / NWG, BLOCKS = KW * CHUNK, X_BYTES = BLOCKS * X_BLOCK;
 constexpr int X_SPANS = BLOCKS * 16 / X_LANES, X_BATCH = 8;  // X_BATCH items on their way at a time
+constexpr int FIXED_BYTES = X_BYTES + ((RT * BLOCKS * 4 + 15) & ~15);  // and scales of weights
 constexpr int PITCH = 68;  // floats of 64 rows in the sums of a token
+constexpr int OWN = (NTOK + CLUSTER - 1) / CLUSTER, PARTS_BYTES = CLUSTER * KW * OWN * RT * 256;
 static_assert(RT * KW % NWG == 0, "whole units for every warpgroup");
 
 // The same of 16 rows and 8 tokens by one warp. The rows, tokens and columns of a lane are those of
@@ -464,6 +469,33 @@ __device__ __forceinline__ float4 load_cluster(u32 address, int rank) {
   return v;
 }
 
+// Open a barrier for `bytes` of `send`: a whole warp calls it. The two steps of the first lane are
+// told apart for racecheck, which takes the first one for all lanes'.
+__device__ __forceinline__ void open_barrier(u32 bar, int bytes, bool is_first) {
+  if (is_first) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+  if (is_first)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void await_bytes(u32 bar) {
+  asm volatile("{\n.reg .pred p;\nagain:\n"
+               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n"
+               "@!p bra again;\n}" ::"r"(bar) : "memory");
+}
+
+// Store in block `rank` of the cluster, whose barrier counts it.
+__device__ __forceinline__ void send(u32 to, u32 bar, int rank, float v) {
+  asm volatile("{\n.reg .b32 there, counter;\nmapa.shared::cluster.u32 there, %0, %2;\n"
+               "mapa.shared::cluster.u32 counter, %1, %2;\n"
+               "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [counter];\n}"
+               ::"r"(to), "r"(bar), "r"(rank), "r"(__float_as_uint(v)) : "memory");
+}
+
 __device__ __forceinline__ void store_bf16(u8* to, const float4& v) {
   *(uint2*)to = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
 }
@@ -480,8 +512,14 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
   const int blocks = max(0, min(BLOCKS, num_blocks - block0));
   u8* xs = memory;
   float* w_scale = (float*)(xs + X_BYTES);
-  const u32 ring = shared_address(memory) + X_BYTES +
-                   ((RT * BLOCKS * 4 + 15) & ~15) + tid * 16;
+  const u32 ring = shared_address(memory) + FIXED_BYTES + tid * 16;
+#if PUSH
+  const u32 parts = shared_address(memory) + FIXED_BYTES + DEPTH * STAGE;
+  const u32 bar = parts + PARTS_BYTES;
+  const int own = (T - rank + CLUSTER - 1) / CLUSTER;  // tokens that this block gives
+  if (tid < 32) open_barrier(bar, own * CLUSTER * KW * RT * 256, tid == 0);
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
 
   // Unit u of this warpgroup: rows of tile t, columns of chunk c of this block.
   auto unit_tile = [&](int u) { return (wg + u * NWG) % RT; };
@@ -629,6 +667,37 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
       multiply(acc[u], xs + b * X_BLOCK, w_scale[unit_tile(u) * BLOCKS + b]);
   }
 
+  const int num_chunks = (num_blocks + CHUNK - 1) / CHUNK;
+#if PUSH
+  // Sums go to the block that adds those of the token, r gives tokens r, r + CLUSTER, ..., to a place
+  // of their own: [chunk][token][tile][64].
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // all have opened their barriers
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    const int unit = wg + u * NWG, chunk = rank * KW + unit / RT;
+#pragma unroll
+    for (int i = 0; i < ACC; i++) {
+      const int token = i / 4 * 8 + 2 * q + i % 2, row = warp * 16 + g + i / 2 % 2 * 8;
+      const u32 to = parts + (((chunk * OWN + token / CLUSTER) * RT + unit % RT) * 64 + row) * 4;
+      if (token < T) send(to, bar, token % CLUSTER, acc[u][i]);
+    }
+  }
+  if (own == 0) return;
+  await_bytes(bar);  // nobody leaves before all that is sent to him is there
+  for (int i = tid; i < own * RT * 16; i += THREADS) {
+    float4 total;
+#pragma unroll
+    for (int c = 0; c < CLUSTER * KW; c++) {
+      float4 v;
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                   : "r"(parts + (c * OWN * RT * 16 + i) * 16) : "memory");
+      if (c == 0) total = v; else if (c < num_chunks) add(total, v);
+    }
+    const int token = i / (RT * 16) * CLUSTER + rank;
+    store_bf16(y + ((size_t)token * N + first_row + i % (RT * 16) * 4) * 2, total);
+  }
+#else
   // Sums of the units: [unit][token][PITCH], over what x and the ring held.
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
@@ -639,7 +708,6 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
 #pragma unroll
     for (int i = 0; i < ACC; i++) to[(i / 4 * 8 + i % 2) * PITCH + i / 2 % 2 * 8] = acc[u][i];
   }
-  const int num_chunks = (num_blocks + CHUNK - 1) / CHUNK;
   if (CLUSTER > 1) cluster_barrier(); else __syncthreads();
 #pragma unroll 4
   for (int i = rank * THREADS + tid; i < RT * NTOK * 16; i += CLUSTER * THREADS) {
@@ -657,5 +725,6 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
     store_bf16(y + ((size_t)token * N + first_row + row) * 2, total);
   }
   if (CLUSTER > 1) cluster_barrier();
+#endif
 }
 #endif

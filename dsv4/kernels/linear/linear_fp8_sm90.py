@@ -30,6 +30,7 @@ SHARED_BYTES = 227 << 10
 PITCH_BYTES = 68 * 4  # of the sums of one token
 # Columns of the matrix instruction -> steps of weights under way, at most.
 CONFIG = {8: 4, 16: 4, 32: 3, 64: 3}
+PUSH_TOKENS = 8  # the sums of more leave too little room for weights
 MOST_CLUSTERED = 16  # columns up to which all of an output is added within a cluster
 EARLY_STEPS = 1  # of weights, for more columns, asked for before the kernel in front has ended
 PATIENCE = 30_000  # clocks that a block waits for others
@@ -54,13 +55,15 @@ def _cluster_plan(tokens: int, N: int, c: Cut) -> _Plan | None:
     """All chunks of some rows in a cluster. None where the tokens of a block do not fit."""
     blocks = c.chunks * c.chunk
     fixed = blocks * 256 * tokens + (c.tiles * blocks * 4 + 15) // 16 * 16
-    depth = min(CONFIG[tokens], (SHARED_BYTES - fixed) // STEP_BYTES)
-    shared = max(fixed + depth * STEP_BYTES, c.tiles * c.chunks * tokens * PITCH_BYTES)
+    is_push = c.cluster > 1 and tokens <= PUSH_TOKENS
+    sent = c.cluster * c.chunks * -(-tokens // c.cluster) * c.tiles * 256 + 8 if is_push else 0
+    depth = min(CONFIG[tokens], (SHARED_BYTES - fixed - sent) // STEP_BYTES)
+    shared = max(fixed + depth * STEP_BYTES + sent, c.tiles * c.chunks * tokens * PITCH_BYTES)
     if depth < 2 or shared > SHARED_BYTES:
         return None
     defines = {
         "NTOK": tokens, "NWG": WARPGROUPS, "RT": c.tiles, "KW": c.chunks, "CHUNK": c.chunk,
-        "CLUSTER": c.cluster, "DEPTH": depth,
+        "CLUSTER": c.cluster, "DEPTH": depth, "PUSH": int(is_push),
     }  # fmt: skip
     return _Plan(N // (64 * c.tiles) * c.cluster, defines, shared, False)
 
