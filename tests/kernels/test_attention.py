@@ -327,6 +327,18 @@ def test_every_way_is_compiled_ahead(is_fp8: bool) -> None:
     assert compiled == {decode_sm90.source(is_fp8, split) for split in (0, *decode_sm90.SPLITS)}
 
 
+@pytest.mark.parametrize("name", ["q", "out"])
+def test_vectors_of_the_kernel_for_hopper_are_aligned(name: str) -> None:
+    """It copies queries, and stores results, 16 bytes at a time."""
+    kernel, case = ops.kernels.sparse_attn_prefill_sm90, AttentionCase(((37, 1),), 8, 512, 128)
+    args = case.args(DEVICE)
+    args["out"] = kernel.outputs(**args)
+    shape = args[name].shape
+    args[name] = args[name].new_zeros(args[name].numel() + 1)[1:].view(shape)
+    with pytest.raises(ValueError, match=f"{name}: expected an address that is a multiple of 16"):
+        kernel.launch(**args)
+
+
 # Any shape
 
 HEADS = (1, 8, 13, 16)

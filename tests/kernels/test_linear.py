@@ -290,6 +290,16 @@ def test_what_is_no_prompt_is_refused_by_name() -> None:
             linear_fp8_prompt_sm90.launch(x, weight, scale, 1, quantize, out)
 
 
+def test_results_of_prompts_are_aligned() -> None:
+    """Results leave 16 bytes at a time."""
+    weight, scale = fp8_weight(256, 256)
+    args = tokens(65, 256), weight, scale, 1, False
+    y, *rest = linear_fp8_prompt_sm90.outputs(*args)
+    odd = y.new_empty(y.numel() + 1)[1:].view(y.shape)
+    with pytest.raises(ValueError, match="y: expected an address that is a multiple of 16"):
+        linear_fp8_prompt_sm90.launch(*args, (odd, *rest))
+
+
 def test_more_tokens_than_the_kernel_for_few_takes_are_refused_by_name() -> None:
     x, weight = tokens(65, 256), torch.randn(256, 256).to(torch.bfloat16)
     with pytest.raises(KernelUnavailable, match="wide_linear/sm90: at most 64 tokens, got 65"):

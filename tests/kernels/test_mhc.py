@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels import mhc as kernels
 from dsv4.kernels.common import cuda
 from dsv4.ops import mhc as ops
@@ -244,6 +245,24 @@ def test_few_tokens_take_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         ops.mhc_post_pre(**mhc_case("mhc_post_pre", T, D, quantise=quantise))
         assert used.pop() == want, (T, D, quantise)
+
+
+@pytest.mark.parametrize("name", ["mhc_post_pre_few_sm90", "mhc_post_pre_sm90"])
+@pytest.mark.parametrize("at", [0, 1])
+def test_results_of_the_kernels_for_hopper_are_aligned(name: str, at: int) -> None:
+    """Streams and y leave 16 bytes at a time."""
+    kernel, args = getattr(kernels, name), mhc_case("mhc_post_pre", 2, 1024)
+    out = list(kernel.outputs(**args))
+    out[at] = out[at].new_empty(out[at].numel() + 1)[1:].view(out[at].shape)
+    which = ("streams", "y")[at]
+    with pytest.raises(ValueError, match=f"{which}: expected an address that is a multiple of 16"):
+        kernel.launch(**args, out=tuple(out))
+
+
+def test_few_tokens_refuse_many_by_name() -> None:
+    kernel, args = kernels.mhc_post_pre_few_sm90, mhc_case("mhc_post_pre", 9, 1024)
+    with pytest.raises(KernelUnavailable, match="at most 8 tokens, got 9: call torch.ops.dsv4"):
+        kernel.launch(**args, out=kernel.outputs(**args))
 
 
 def test_memory_of_a_capture_and_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,14 @@ from torch import Tensor
 from dsv4.core.dispatch import KernelSpec
 from dsv4.kernels.attention import sparse_attn_decode as portable
 from dsv4.kernels.attention.sparse_attn_decode import REFERENCE, outputs
-from dsv4.kernels.common.attention_checks import LOG2_E, Output, Shape, check_attention
+from dsv4.kernels.common.attention_checks import (
+    LOG2_E,
+    VECTOR_BYTES,
+    Output,
+    Shape,
+    check_attention,
+)
+from dsv4.kernels.common.checks import check_aligned
 from dsv4.kernels.common.cuda import Source, load, why_not
 
 __all__ = ["REFERENCE", "outputs"]
@@ -130,12 +137,14 @@ def run(
 ) -> None:  # fmt: skip
     """Launch the main kernel: `parts` programs of `each` tiles for 64 heads of a token.
 
+    sums, stats  of parts, if there are several programs that are no cluster
     split  if not 0, programs are clusters of `parts`, and so many of them share the value dims
     """
     (
         q, step, window, pages, page_table, entries, slot, position, first_row, first_position,
         sink, cos, sin, scale, rows, _, ratio, entries_per_page,
     ) = args  # fmt: skip
+    check_aligned(VECTOR_BYTES, q=q, out=out.values)
     is_rotated = cos is not None
     angles = (cos, sin) if is_rotated else (sink, sink)
     chosen = page_table if entries is None else entries

@@ -13,7 +13,7 @@ from torch import Tensor
 BLOCK = 128  # columns, and rows, that share a scale
 ROWS = 64  # of a tile
 UNITS = 4  # (tile, chunk) pairs of a block, or a multiple
-MAX_CHUNK = 12  # blocks: x of 64 tokens fits in shared memory
+MAX_CHUNK = 12  # blocks at most; it decides about bits, as all that `cut` uses
 MAX_CLUSTER = 8
 MIN_PROGRAMS = 128  # fewer whole tiles than this are split over chunks
 MAX_CLUSTERED = 96  # blocks in clusters of more than 2 that run at once for certain, one an SM

@@ -72,7 +72,8 @@ def start(
     """Launch for the tokens of x. tensors: the pointers of `Args`; those not named are null."""
     if reason := why_not(x):
         raise ValueError(reason)
-    check_aligned(16, **{key: tensors[key] for key in ("o", "x", "fn") if key in tensors})
+    vectors = "o", "x", "fn", "streams", "y"
+    check_aligned(16, **{key: tensors[key] for key in vectors if key in tensors})
     T, _, D = x.shape
     is_bf16 = tensors["norm"].dtype is torch.bfloat16
     text = source(name, D, rows, "o" in tensors, quantise, is_bf16)

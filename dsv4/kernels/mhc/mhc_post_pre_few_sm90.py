@@ -76,12 +76,12 @@ def launch(
     if T == 0:
         return
     if reason := why_not(x, quantise):
-        raise KernelUnavailable(f"{SPEC.name}: {reason}")
-    check_aligned(16, o=o, x=x, post=post, comb=comb, fn=fn)
+        raise KernelUnavailable(f"{SPEC.name}: {reason}: call torch.ops.dsv4.mhc_post_pre")
+    streams, y, new_post, new_comb, *_ = out
+    check_aligned(16, o=o, x=x, post=post, comb=comb, fn=fn, streams=streams, y=y)
     D = x.shape[-1]
     source = mhc_post_pre_kernel(T, D, norm.dtype is torch.bfloat16)
     exchange = cuda.kept_memory(x.device, EXCHANGE_INTS)
-    streams, y, new_post, new_comb, *_ = out
     _kernel(source, x.device).launch(
         D // COLUMNS + T, 32 * dict(source.defines)["BLOCK_WARPS"], o, x, post, comb, fn, scale,
         base, norm, streams, y, new_post, new_comb, exchange, T, iters, float(norm_eps), float(eps),
