@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import dsv4.nano
+from dsv4.cache.request import Step
 from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
+from dsv4.engine import stepper as stepper_module
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
@@ -19,6 +21,7 @@ from dsv4.engine.stepper import Stepper
 from dsv4.engine.warm_up import prompts, size_classes
 from dsv4.kernels.common import cuda
 from dsv4.loader import Checkpoint
+from support.recorder import Recorder
 from support.specialisations import binaries
 
 
@@ -30,6 +33,14 @@ def nano(device: str = "cpu", with_mtp: bool = False, **fields: int) -> Producti
         checkpoint.stream(keep=None if with_mtp else of_trunk),
         device, limits, with_mtp=with_mtp,
     )  # fmt: skip
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are recorded without a GPU."""
+    monkeypatch.setattr(stepper_module, "record", Recorder())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    # A graph reads the buffers on the device, whichever step they are of by now.
+    monkeypatch.setattr(Step, "rows", property(lambda step: step._rows))
 
 
 @pytest.mark.parametrize("most", [1, 2, 16, 17, 50, 64, 2048])
@@ -48,18 +59,24 @@ def test_every_kind_of_size_is_there_in_every_span(most: int) -> None:
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter is off; the last test is this one with a GPU"
 )
+@pytest.mark.parametrize("is_recorded", [False, True])
 @pytest.mark.parametrize("with_mtp", [False, True])
-def test_prompts_of_any_size_need_no_binary_that_the_warm_up_did_not(with_mtp: bool) -> None:
+def test_prompts_of_any_size_need_no_binary_that_the_warm_up_did_not(
+    with_mtp: bool, is_recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
     model = nano(with_mtp=with_mtp)
-    stepper = DraftingStepper(model) if with_mtp else Stepper(model)
+    stepper = (DraftingStepper if with_mtp else Stepper)(model, use_graphs=is_recorded)
     with binaries() as warm:
+        stepper.capture()
         stepper.warm_up()
     leaves_nothing(model)
     rng = random.Random(3)
     sizes = [*range(1, 70), *(rng.randint(70, 2048) for _ in range(50))]
     for num_rows in sizes:
         last = range(rng.randint(0, min(num_rows, 16)))
-        with binaries() as own, prompts(model, num_rows) as step:
+        padded = stepper.padded_prompt(num_rows)
+        with binaries() as own, prompts(model, num_rows, padded) as step:
             assert step is not None
             stepper.prefill(step, [1] * num_rows, [2] * num_rows, last)
         new = [dict([("kernel", name), *rest]) for name, rest in own - warm]
