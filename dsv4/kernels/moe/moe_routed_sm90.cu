@@ -295,8 +295,8 @@ struct Producer {
 
 __device__ __forceinline__ void seek(Producer& c, const Params& p, const Smem& s) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int per_expert = c.is_down ? DOWN_UNITS : UP_UNITS, K = c.is_down ? F : D;
-    const int tile = c.unit / per_expert, block = c.unit % per_expert;
+    const int per_tile = c.is_down ? DOWN_UNITS : UP_UNITS, K = c.is_down ? F : D;
+    const int tile = c.unit / per_tile, block = c.unit % per_tile;
     const int row = c.is_down ? block * ROWS + warp * 16 : block * HIDDEN_ROWS + warp * 8;
     const u64 a = (u64)s.expert[tile] * (c.is_down ? D : F) + row, b = c.is_down ? a + 8 : a;
     const bool is_first = lane < 8 * U;
@@ -418,14 +418,14 @@ __device__ __forceinline__ void finish(int* counter) {
 
 __device__ __forceinline__ void run_units(
     const Params& p, Smem& s, Producer& c, Stage* ring, int& slot, uint4* xs, int is_down) {
-    const int K = is_down ? F : D, per_expert = is_down ? DOWN_UNITS : UP_UNITS;
+    const int K = is_down ? F : D, per_tile = is_down ? DOWN_UNITS : UP_UNITS;
     const int steps = K / (128 * U);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4;
-    const int units = s.tiles * per_expert, end = first_unit(units, blockIdx.x + 1);
+    const int units = s.tiles * per_tile, end = first_unit(units, blockIdx.x + 1);
     int staged = -1;
 #pragma unroll 1
     for (int unit = first_unit(units, blockIdx.x); unit < end; unit++) {
-        const int tile = unit / per_expert, block = unit % per_expert;
+        const int tile = unit / per_tile, block = unit % per_tile;
         const int begin = s.start[tile], count = s.start[tile + 1] - begin;
         if (staged != tile && (is_down || TOKENS > 1)) {
             if (is_down && threadIdx.x == 0)
