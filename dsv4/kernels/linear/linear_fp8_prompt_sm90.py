@@ -45,6 +45,7 @@ def num_parts(T: int, N: int, K: int, groups: int) -> int:
     return c.num_chunks if split < whole else 1
 
 
+@cache
 def linear_fp8_kernel(is_e8m0: bool, name: str = "linear_fp8_kernel") -> cuda.Source:
     """The source for a dtype of scales; `name` may be that of the kernel before or after."""
     return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, {"E8M0": int(is_e8m0)})

@@ -33,6 +33,7 @@ MOST_SOURCES = mhc_cluster.MAX_D // COLUMNS
 EXCHANGE_INTS = MAX_TOKENS * MOST_SOURCES * (5 * 2 * 4 + 2) + MAX_TOKENS + 1  # struct Exchange
 
 
+@cache
 def mhc_post_pre_kernel(T: int, D: int, norm_bf16: bool = True) -> cuda.Source:
     """The source for these sizes."""
     defines = {
