@@ -18,16 +18,18 @@ typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// E8M0  whether scales of weights are bytes, not FP32
-constexpr int TOKENS = 128, ACC = TOKENS / 2, GROUPS = 2, SLOTS = 5;
+// E8M0    whether scales of weights are bytes, not FP32
+// SLOTS   images of the ring        STAGED  tokens of a block that writes images
+// SHARED_BYTES  what the launch of the products asks for
+constexpr int TOKENS = 128, ACC = TOKENS / 2, GROUPS = 2;
 constexpr int IMAGE = TOKENS * 256, HALF = IMAGE / 2;  // bytes of 128 columns, of 64
 constexpr int SUMS = SLOTS * IMAGE;                    // where sums of chunks, then results lie
 constexpr int GROUP_SUMS = ACC * 128 * 4;              // bytes of a warpgroup's
 constexpr int BARRIERS = SUMS + GROUPS * GROUP_SUMS;
 constexpr int PITCH = 144;                             // bytes of a token's 64 results and a gap
 constexpr int TOGETHER = 8;                            // tiles of tokens that share what L2 holds
-constexpr int STAGED = 64;                             // tokens of a block that writes images
 static_assert(TOKENS * PITCH <= GROUP_SUMS, "results lie over sums");
+static_assert(BARRIERS + 2 * 8 * SLOTS == SHARED_BYTES && TOKENS % STAGED == 0, "sizes");
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return (u32)__cvta_generic_to_shared(p);

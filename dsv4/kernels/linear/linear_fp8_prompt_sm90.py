@@ -48,7 +48,11 @@ def num_parts(T: int, N: int, K: int, groups: int) -> int:
 @cache
 def linear_fp8_kernel(is_e8m0: bool, name: str = "linear_fp8_kernel") -> cuda.Source:
     """The source for a dtype of scales; `name` may be that of the kernel before or after."""
-    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, {"E8M0": int(is_e8m0)})
+    defines = {
+        "E8M0": int(is_e8m0), "SLOTS": SLOTS, "STAGED": STAGED,
+        "SHARED_BYTES": CONFIG["shared_bytes"],
+    }  # fmt: skip
+    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines)
 
 
 def sources() -> Iterator[tuple[cuda.Source, str]]:

@@ -26,7 +26,8 @@
 // Blocks wait for each other: all must be resident. Those before them in the stream are, and end by
 // themselves; those behind them start when all of these have.
 //
-// Constants: D a multiple of 1024, ROWS 24, POST 1, NORM_BF16, BLOCK_WARPS, MIN_BLOCKS on an SM, MOST_SOURCES.
+// Constants: D a multiple of 1024, ROWS 24, POST 1, NORM_BF16, BLOCK_WARPS, MIN_BLOCKS on an SM, MOST_SOURCES,
+// EXCHANGE_INTS of the memory.
 // Follows mhc_device.cu in one text.
 
 constexpr int SOURCES = D / 32, WARPS = SOURCES / CTAS;
@@ -45,6 +46,7 @@ struct Exchange {
   u64 squares[MOST_TOKENS][MOST_SOURCES];  // of y, epoch
   u32 read[MOST_TOKENS], epoch;
 };
+static_assert(__builtin_offsetof(Exchange, epoch) + 4 == 4 * EXCHANGE_INTS, "what is allocated");
 
 struct Shared {
   uint2 fn[STEPS][NB][3][32];  // B fragments: three BF16 parts of what a lane needs

@@ -39,7 +39,7 @@ def mhc_post_pre_kernel(T: int, D: int, norm_bf16: bool = True) -> cuda.Source:
     defines = {
         "D": D, "ROWS": ROWS, "POST": 1, "NORM_BF16": int(norm_bf16),
         "BLOCK_WARPS": next(CONFIG[most] for most in CONFIG if most >= T),
-        "MIN_BLOCKS": MIN_BLOCKS, "MOST_SOURCES": MOST_SOURCES,
+        "MIN_BLOCKS": MIN_BLOCKS, "MOST_SOURCES": MOST_SOURCES, "EXCHANGE_INTS": EXCHANGE_INTS,
     }  # fmt: skip
     path, shared = Path(__file__).with_suffix(".cu"), (mhc_cluster.DEVICE,)
     return cuda.Source.of(path, "mhc_post_pre_kernel", defines, shared)
