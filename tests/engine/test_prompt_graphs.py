@@ -9,14 +9,13 @@ import torch
 
 from dsv4.cache.request import Step
 from dsv4.core.sampling import SamplingParams
-from dsv4.engine import stepper as module
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
 from dsv4.engine.stepper import Stepper
 from support.oracle_ops import use_oracles
 from support.production import production, random_ids, random_weights, served_config
-from support.recorder import Recorder
+from support.recorder import Recorder, record_without_a_gpu
 
 CONFIG = served_config(num_hidden_layers=3, compress_ratios=(0, 4, 128), num_hash_layers=1)
 WEIGHTS = random_weights(CONFIG)
@@ -31,12 +30,7 @@ DRAFTED = served_config(
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     use_oracles(monkeypatch)
-    found = Recorder()
-    monkeypatch.setattr(module, "record", found)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    # A graph reads the buffers on the device, whichever step they are of by now.
-    monkeypatch.setattr(Step, "rows", property(lambda step: step._rows))
-    return found
+    return record_without_a_gpu(monkeypatch)
 
 
 def model() -> ProductionModel:

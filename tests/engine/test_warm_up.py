@@ -10,10 +10,8 @@ import pytest
 import torch
 
 import dsv4.nano
-from dsv4.cache.request import Step
 from dsv4.core.inventory import of_trunk
 from dsv4.core.sampling import SamplingParams
-from dsv4.engine import stepper as stepper_module
 from dsv4.engine.drafting import DraftingStepper
 from dsv4.engine.engine import Engine
 from dsv4.engine.model import EngineLimits, ProductionModel
@@ -21,7 +19,7 @@ from dsv4.engine.stepper import Stepper
 from dsv4.engine.warm_up import prompts, size_classes
 from dsv4.kernels.common import cuda
 from dsv4.loader import Checkpoint
-from support.recorder import Recorder
+from support.recorder import record_without_a_gpu
 from support.specialisations import binaries
 
 
@@ -33,14 +31,6 @@ def nano(device: str = "cpu", with_mtp: bool = False, **fields: int) -> Producti
         checkpoint.stream(keep=None if with_mtp else of_trunk),
         device, limits, with_mtp=with_mtp,
     )  # fmt: skip
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are recorded without a GPU."""
-    monkeypatch.setattr(stepper_module, "record", Recorder())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    # A graph reads the buffers on the device, whichever step they are of by now.
-    monkeypatch.setattr(Step, "rows", property(lambda step: step._rows))
 
 
 @pytest.mark.parametrize("most", [1, 2, 16, 17, 50, 64, 2048])
@@ -64,7 +54,7 @@ def test_every_kind_of_size_is_there_in_every_span(most: int) -> None:
 def test_prompts_of_any_size_need_no_binary_that_the_warm_up_did_not(
     with_mtp: bool, is_recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(monkeypatch)
+    record_without_a_gpu(monkeypatch)
     model = nano(with_mtp=with_mtp)
     stepper = (DraftingStepper if with_mtp else Stepper)(model, use_graphs=is_recorded)
     with binaries() as warm:

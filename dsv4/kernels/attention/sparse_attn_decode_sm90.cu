@@ -29,6 +29,8 @@ constexpr float NO_KEYS = -1e30f, LOG2_E = 1.4426950408889634f;
 #define INFINITE __int_as_float(0x7F800000)
 static_assert(HEADS == TILE, "queries and keys have matrices of one size");
 static_assert(MAX_EACH * SUMS_BYTES <= STATS_AT, "sums lie over queries and the first keys");
+// A cluster's tiles have a buffer each and none is filled twice: its warp groups read values from
+// either half, so what they say of halves (attend_tile) would not do.
 static_assert(MAX_EACH <= STAGES && AHEAD >= 16, "sizes of a cluster");
 
 struct Params {
