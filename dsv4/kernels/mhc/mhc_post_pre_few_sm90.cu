@@ -24,7 +24,8 @@
 // launches ago is the one thing that this does not tell apart.
 //
 // Blocks wait for each other: all must be resident. Those before them in the stream are, and end by
-// themselves; those behind them start when all of these have.
+// themselves; those behind them start when all of these have. Another stream must not run blocks that
+// wait for each other: each might hold what the other needs.
 //
 // Constants: D a multiple of 1024, ROWS 24, POST 1, NORM_BF16, BLOCK_WARPS, MIN_BLOCKS on an SM, MOST_SOURCES,
 // EXCHANGE_INTS of the memory.
