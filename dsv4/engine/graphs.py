@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,12 @@ from dsv4.core.errors import DeviceUnavailable
 from dsv4.kernels.common.cuda import shared_counters
 
 WARM_UPS = 2  # runs before the capture: they compile kernels and allocate what those keep
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: kernels keep memory for each stream that they have run on."""
+    return torch.cuda.Stream(device)
 
 
 def record(
@@ -26,7 +33,7 @@ def record(
     """
     if device.type != "cuda":
         raise DeviceUnavailable(str(device), "CUDA graphs are recorded on a GPU")
-    side = torch.cuda.Stream()
+    side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):

@@ -37,7 +37,8 @@ class EngineLimits:
                   the model allows, whichever is less
     max_requests  requests that can be resident at once
     max_tokens    tokens of all resident requests together; None for max_context each
-    max_rows      rows of one step, which bounds the memory of activations
+    max_rows      rows of one step, which bounds the memory of activations; recorded steps keep
+                  those of up to 1,024 rows besides
     prefix_bytes  host memory for shared prefixes: of each prompt, its last whole block of 128 ids
                   and what is before it, so prompts must share all of that to profit
     page_tokens   tokens of a page

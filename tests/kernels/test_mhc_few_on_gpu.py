@@ -86,9 +86,11 @@ def test_a_thousand_launches_in_a_row(T: int, D: int) -> None:
         assert_same(other, between)
 
 
-def captured(args: dict[str, Any], layers: list[dict[str, Any]]) -> tuple[Any, list[Tensor]]:
+def captured(
+    args: dict[str, Any], layers: list[dict[str, Any]], pool: Any = None
+) -> tuple[Any, list[Tensor]]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         got = chain(few, args, layers)
     return graph, got
 
@@ -112,6 +114,23 @@ def test_replays_of_two_graphs_in_turns(T: int) -> None:
         for j, (g, w) in enumerate(zip(got, want, strict=True)):
             assert_bits_equal(f"{i} {j}", g, w)
         assert_same(tuple(chain(few, args, layers[:1])), tuple(want[: len(NAMES)]))
+
+
+def test_graphs_of_one_pool_in_turns() -> None:
+    """As an engine records its steps: each capture lets go of what the one before it kept."""
+    layers, sizes = layers_of(4096, 12), (8, 4, 2, 1)
+    cases = [mhc_case("mhc_post_pre", T, 4096, device="cuda", seed=T) for T in sizes]
+    wants = [[x.clone() for x in chain(cluster, args, layers)] for args in cases]
+    pool = torch.cuda.graph_pool_handle()
+    for args in cases:
+        chain(few, args, layers)
+    graphs = [captured(args, layers, pool) for args in cases]
+    for i in range(40):
+        at = (i * 3 + i // 4) % len(sizes)
+        graph, got = graphs[at]
+        graph.replay()
+        for j, (g, w) in enumerate(zip(got, wants[at], strict=True)):
+            assert_bits_equal(f"{i} {sizes[at]} {j}", g, w)
 
 
 def test_two_streams_at_once() -> None:

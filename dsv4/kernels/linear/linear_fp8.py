@@ -212,7 +212,8 @@ def outputs(
     p = tile_plan(CONFIG, T, N, groups, num_chunks)
     tiles = p.grid[0] * p.grid[2]
     size = tiles * num_chunks * p.tile["BM"] * p.tile["BN"] if p.is_split else 0
-    size = max(size, num_chunks * N * min(T + 7, 64))  # in whole groups of eight tokens
+    if T <= FEW_TOKENS:  # for kernels of few tokens, in whole groups of eight
+        size = max(size, num_chunks * N * min(T + 7, FEW_TOKENS))
     partial = x.new_empty(size, dtype=torch.float32)
     # For kernels of few tokens: eight bytes for 256 rows, and four that align them.
     counters = arrival_counters(x.device, max(tiles if p.is_split else 0, N // 128 + 1))

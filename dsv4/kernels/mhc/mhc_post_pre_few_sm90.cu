@@ -33,6 +33,7 @@
 
 constexpr int SOURCES = D / 32, WARPS = SOURCES / CTAS;
 constexpr int MOST_TOKENS = 8, PAIRS = 5, NB = 3, THREADS = 32 * BLOCK_WARPS;
+constexpr u32 MOST_TRIES = 1 << 26;  // half a minute and more
 constexpr int STEPS = 2 * N;  // of 16 columns: 32 of each stream
 constexpr int STRIDE = CTAS + 4;  // of a row of sums: rows of a phase of loads in different banks
 static_assert(D % 1024 == 0 && SOURCES <= MOST_SOURCES && ROWS == 24 && POST, "sizes");
@@ -109,6 +110,11 @@ __device__ __forceinline__ u32 load_word(const u32 *p) {
   return v;
 }
 
+// A block that waits for one that never comes is an error, not a hang.
+__device__ __forceinline__ void count_try(u32 &tries) {
+  if (++tries == MOST_TRIES) __trap();
+}
+
 // Written by a launch that has ended, so any load will do.
 __device__ __forceinline__ u32 next_epoch(const Exchange &e) {
   u32 last;
@@ -138,7 +144,7 @@ __device__ __forceinline__ void gather(
   const uint4 *from = &e.sums[t][p][r][h];
   uint4 word[WARPS];
   bool is_missing = true;
-  while (is_missing) {
+  for (u32 tries = 0; is_missing; count_try(tries)) {
     is_missing = false;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) word[w] = load_word(from + w * CTAS * 2);
@@ -167,7 +173,7 @@ __device__ __forceinline__ float gather_factor(const Exchange &e, int t, u32 epo
   const u64 *from = &e.squares[t][h * (WARPS / 2) * CTAS + r];
   u64 word[WARPS / 2];
   bool is_missing = true;
-  while (is_missing) {
+  for (u32 tries = 0; is_missing; count_try(tries)) {
     is_missing = false;
 #pragma unroll
     for (int w = 0; w < WARPS / 2; w++) word[w] = load_word(from + w * CTAS);
@@ -386,8 +392,7 @@ __device__ void maps_block(Shared &s, const Args &a) {
       return;
     }
     if (lane > 0 && lane < a.T)
-      while (load_word(&e.read[lane]) != epoch) {
-      }
+      for (u32 tries = 0; load_word(&e.read[lane]) != epoch;) count_try(tries);
     __syncwarp();
     if (lane == 0) store_word(&e.epoch, epoch);
   }

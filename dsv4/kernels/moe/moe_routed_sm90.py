@@ -79,7 +79,8 @@ def launch(
     g1, g3, g2 = (None, None, None) if global_scale is None else global_scale.unbind()
     y, hidden, partial = out
     threads = 32 * dict(source.defines)["WARPS"]
-    units = min(T * K, E) * max(F // 8, D // 16) * 32 // threads
+    tiles = min(T * K, E + T * K // dict(source.defines)["TOKENS"])  # at most
+    units = tiles * max(F // 8, D // 16) * 32 // threads
     # Started when all before it is done: its blocks wait for each other, so all of them must fit on
     # the device, which `resident_blocks` knows of an empty one.
     kernel.launch(
