@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv4.cache.request import Step
 from dsv4.core.errors import RequestError
 from dsv4.engine.model import MAX_DECODE_ROWS, ProductionModel
-from dsv4.engine.stepper import DECODE_SIZES, Stepper, to_device
+from dsv4.engine.stepper import DECODE_SIZES, PROMPT_SIZES, Stepper, to_device
 
 
 class DraftingStepper(Stepper):
@@ -31,7 +31,7 @@ class DraftingStepper(Stepper):
 
     def __init__(
         self, model: ProductionModel, sizes: Sequence[int] = DECODE_SIZES,
-        use_graphs: bool | None = None,
+        use_graphs: bool | None = None, prompt_sizes: Sequence[int] = PROMPT_SIZES,
     ) -> None:  # fmt: skip
         if model.mtp is None:
             raise RequestError("model", "one that was built with_mtp", "a model without drafts")
@@ -39,7 +39,7 @@ class DraftingStepper(Stepper):
         if model.limits.max_requests > most:
             got = model.limits.max_requests
             raise RequestError("max_requests", f"1 to {most}, two rows each", got)
-        super().__init__(model, sizes, use_graphs)
+        super().__init__(model, sizes, use_graphs, prompt_sizes)
         self.mtp, self.window = model.mtp, model.storage.layers[model.config.num_hidden_layers]
         self.draft = torch.zeros_like(self.table.token)  # after the last token, by slot
 
