@@ -44,9 +44,9 @@ def needs_hopper() -> None:
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks give up at once, and the last one does the work of all that did."""
     monkeypatch.setattr(linear_fp8_sm90, "PATIENCE", -1)
-    linear_fp8_sm90.plan.cache_clear()
+    linear_fp8_sm90.find_plan.cache_clear()
     yield
-    linear_fp8_sm90.plan.cache_clear()
+    linear_fp8_sm90.find_plan.cache_clear()
 
 
 KERNEL: ModuleType = linear_fp8_sm90

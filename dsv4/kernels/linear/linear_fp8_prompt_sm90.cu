@@ -13,10 +13,8 @@
 //
 // Order of columns: within 64, thread q of four owns 16 q .. 16 q + 15, which is what 16 bytes of a
 // row are; images hold the matching order.
-
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+//
+// Follows linear_device.cu in one text.
 
 // E8M0    whether scales of weights are bytes, not FP32
 // SLOTS   images of the ring        STAGED  tokens of a block that writes images
@@ -31,84 +29,30 @@ constexpr int TOGETHER = 8;                            // tiles of tokens that s
 static_assert(TOKENS * PITCH <= GROUP_SUMS, "results lie over sums");
 static_assert(BARRIERS + 2 * 8 * SLOTS == SHARED_BYTES && TOKENS % STAGED == 0, "sizes");
 
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-
-__device__ __forceinline__ float e8m0(u32 byte) {
-  return __uint_as_float(byte == 255 ? 0x7fc00000u : byte == 0 ? 0x400000u : byte << 23);
-}
-
-__device__ __forceinline__ u32 bf16_pair(float low, float high) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
-// Byte of a 16-byte piece in a tile of 128-byte rows, as the matrix unit swizzles it.
-__device__ __forceinline__ u32 swizzled(int row, int piece) {
-  return row * 128 + ((piece ^ (row & 7)) << 4);
-}
-
-// Four E4M3 codes as BF16 pairs (0, 2) and (1, 3): see dsv4.kernels.common.fragments. Volatile, so
-// that it stays where products run meanwhile.
-__device__ __forceinline__ void decode(u32 w, u32& even, u32& odd) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 sign, rest, scale;\n"
-      "mov.b32 scale, 0x7b807b80;\n"
-      "and.b32 sign, %2, 0x80008000;\n"
-      "shr.b32 rest, %2, 4;\n"
-      "lop3.b32 rest, rest, 0x07f007f0, sign, 0xEA;\n"
-      "mul.bf16x2 %1, rest, scale;\n"
-      "shl.b32 sign, %2, 8;\n"
-      "and.b32 sign, sign, 0x80008000;\n"
-      "shl.b32 rest, %2, 4;\n"
-      "lop3.b32 rest, rest, 0x07f007f0, sign, 0xEA;\n"
-      "mul.bf16x2 %0, rest, scale;\n"
-      "}"
-      : "=r"(even), "=r"(odd)
-      : "r"(w));
-}
-
 // Rows g and g + 8 of 64 columns as A of four products.
 __device__ __forceinline__ void decode_half(u32 (&a)[4][4], const uint4& top, const uint4& low) {
   const u32 t[4] = {top.x, top.y, top.z, top.w}, l[4] = {low.x, low.y, low.z, low.w};
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    decode(t[j], a[j][0], a[j][2]);
-    decode(l[j], a[j][1], a[j][3]);
+    decode_e4m3(t[j], a[j][0], a[j][2]);
+    decode_e4m3(l[j], a[j][1], a[j][3]);
   }
 }
 
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-
 // d = a b + (keep ? d : 0): 64 rows of weights, 128 tokens, 16 columns.
 __device__ __forceinline__ void mma(float (&d)[ACC], const u32 (&a)[4], u64 b, int keep) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-      "{%64,%65,%66,%67}, %68, p, 1, 1, 0;\n}"
-      : D16(0), D16(16), D16(32), D16(48)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+  asm volatile(MMA("%69", 128) "{" NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,"
+               "%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+               "{%64,%65,%66,%67}, %68" MMA_END
+               : D16(0), D16(16), D16(32), D16(48) : A4, "l"(b), "r"(keep));
 }
 
 // Begin the products of 64 columns; they run on until as many groups are waited for.
 __device__ __forceinline__ void begin_half(float (&d)[ACC], const u32 (&a)[4][4], u64 b, int keep) {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  begin_products();
 #pragma unroll
   for (int j = 0; j < 4; j++) mma(d, a[j], b + 2 * j, keep | j);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-template <int PENDING>
-__device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  commit_products();
 }
 
 // Until here the registers of products are in use.
@@ -117,27 +61,12 @@ __device__ __forceinline__ void hold(u32 (&a)[4][4]) {
   for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-__device__ __forceinline__ void hold(float (&d)[ACC]) {
-#pragma unroll
-  for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-
 // Return when a phase of that parity is complete.
 __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-// One arrival of this thread, and the bytes that copies will bring before the phase is complete.
-__device__ __forceinline__ void expect_bytes(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
 }
 
 // Products that read shared memory have been waited for.
@@ -152,24 +81,8 @@ __device__ __forceinline__ void copy_image(u32 to, const u8* from, u32 barrier) 
           "r"(to), "l"(from), "r"(IMAGE), "r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void group_barrier(int group) {
-  asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-__device__ __forceinline__ void let_next_start() {
-  asm volatile("griddepcontrol.launch_dependents;");
-}
-
 // What kernels before wrote is read by asynchronous copies from here on.
 __device__ __forceinline__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-__device__ __forceinline__ void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
 
 // Registers of each thread of a warpgroup from here on.
 template <int COUNT>
@@ -196,11 +109,6 @@ __device__ __forceinline__ u32 load_scale_bits(const u8* at) {
 
 __device__ __forceinline__ void load_tokens(uint2& v, const u8* at) {
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
-}
-
-__device__ __forceinline__ void load_shared(uint4& v, u32 at) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
 }
 
 // Four matrices of 8 x 8 BF16 as products leave them, each column as 16 bytes to the address of one
@@ -302,7 +210,7 @@ __device__ __forceinline__ void add_chunks(float (&total)[ACC], float4* sums, bo
     float4 v = make_float4(total[4 * i], total[4 * i + 1], total[4 * i + 2], total[4 * i + 3]);
     if (!first) {
       const float4 before = sums[i * 128];
-      v.x += before.x, v.y += before.y, v.z += before.z, v.w += before.w;
+      add(v, before);
     }
     if (!last) sums[i * 128] = v;
     total[4 * i] = v.x, total[4 * i + 1] = v.y, total[4 * i + 2] = v.z, total[4 * i + 3] = v.w;
@@ -373,8 +281,7 @@ __device__ __forceinline__ void multiply(Weights& w, u8* y, float* partial, u8* 
       clear(total);
       const int end = min(s.chunk, it.count - c);
       for (int b = 0; b < end; b++) {
-        // Descriptor: 128-byte swizzle, 1024 bytes between groups of eight tokens.
-        const u64 x = 1ull << 62 | 64ull << 32 | 1ull << 16 | (base + slot * IMAGE) >> 4;
+        const u64 x = descriptor(base + slot * IMAGE);
         float part[ACC];
         begin_half(part, a0, x, 0);
         decode_half(a1, top1, low1);
@@ -491,9 +398,6 @@ linear_fp8_sum_kernel(const float4* partial, u8* y, int count, int parts) {
   if (i >= count) return;
   float4 v = partial[i];
 #pragma unroll 8
-  for (int c = 1; c < parts; c++) {
-    const float4 w = partial[(size_t)c * count + i];
-    v.x += w.x, v.y += w.y, v.z += w.z, v.w += w.w;
-  }
-  *(uint2*)(y + (size_t)i * 8) = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
+  for (int c = 1; c < parts; c++) add(v, partial[(size_t)c * count + i]);
+  store_bf16(y + (size_t)i * 8, v);
 }

@@ -20,6 +20,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels.common import cuda
 from dsv4.kernels.common.checks import check_aligned
+from dsv4.kernels.common.linear_device import DEVICE
 from dsv4.kernels.common.linear_plan import BLOCK, NUM_SMS, cut
 from dsv4.kernels.linear import linear_fp8
 from dsv4.kernels.linear.linear_fp8 import FEW_TOKENS, REFERENCE, check
@@ -52,7 +53,7 @@ def linear_fp8_kernel(is_e8m0: bool, name: str = "linear_fp8_kernel") -> cuda.So
         "E8M0": int(is_e8m0), "SLOTS": SLOTS, "STAGED": STAGED,
         "SHARED_BYTES": CONFIG["shared_bytes"],
     }  # fmt: skip
-    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines)
+    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines, (DEVICE,))
 
 
 def sources() -> Iterator[tuple[cuda.Source, str]]:

@@ -7,10 +7,8 @@
 //
 // Order of columns: within 64, thread q of four owns 16 q .. 16 q + 15, which is what 16 bytes of a
 // row are; x is staged in the matching order, so products meet their partners.
-
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+//
+// Follows linear_device.cu in one text.
 
 // NTOK   columns of the matrix instruction: 8, 16, 32 or 64 tokens
 // NWG    warpgroups of a block        CHUNK  steps of 128 columns in a chunk
@@ -22,84 +20,26 @@ constexpr int STAGE = NWG * 8192;             // bytes of one step of all warpgr
 constexpr int X_BLOCK = 2 * NTOK * 128;       // bytes of x for 128 columns, half used when FP8
 constexpr int STEPS = QUANT ? 2 : 4;          // matrix instructions for 64 columns
 
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-
-// Weights are read once a step: they leave L2 first, so that what comes back in every layer, code
-// and activations, stays.
-__device__ __forceinline__ u64 read_once() {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 __device__ __forceinline__ void copy_async(u32 to, const void* from, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
                "l"(from), "l"(policy));
 }
 
-__device__ __forceinline__ float e8m0(u32 byte) {
-  return __uint_as_float(byte == 255 ? 0x7fc00000u : byte == 0 ? 0x400000u : byte << 23);
-}
-
-// Four E4M3 codes as BF16 pairs (0, 2) and (1, 3): see dsv4.kernels.common.fragments.
-__device__ __forceinline__ void decode(u32 w, u32& even, u32& odd) {
-  asm("{\n"
-      ".reg .b32 sign, rest, scale;\n"
-      "mov.b32 scale, 0x7b807b80;\n"
-      "and.b32 sign, %2, 0x80008000;\n"
-      "shr.b32 rest, %2, 4;\n"
-      "lop3.b32 rest, rest, 0x07f007f0, sign, 0xEA;\n"
-      "mul.bf16x2 %1, rest, scale;\n"
-      "shl.b32 sign, %2, 8;\n"
-      "and.b32 sign, sign, 0x80008000;\n"
-      "shl.b32 rest, %2, 4;\n"
-      "lop3.b32 rest, rest, 0x07f007f0, sign, 0xEA;\n"
-      "mul.bf16x2 %0, rest, scale;\n"
-      "}"
-      : "=r"(even), "=r"(odd)
-      : "r"(w));
-}
-
-#if QUANT
-#define MMA_TYPE "k32.f32.e4m3.e4m3 "
-#define MMA_END ", p, 1, 1;\n}"
-#else
-#define MMA_TYPE "k16.f32.bf16.bf16 "
-#define MMA_END ", p, 1, 1, 0;\n}"
-#endif
-#define MMA_BEGIN(use) "{\n.reg .pred p;\nsetp.ne.b32 p, " use ", 0;\nwgmma.mma_async.sync.aligned."
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-
 // d = a b + (keep ? d : 0): 64 rows of weights, NTOK tokens, 16 columns (32 of FP8).
 __device__ __forceinline__ void mma(float (&d)[ACC], const u32 (&a)[4], u64 b, int keep) {
 #if NTOK == 8
-  asm volatile(MMA_BEGIN("%9") "m64n8" MMA_TYPE "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8" MMA_END
-               : D4(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+  asm volatile(MMA("%9", 8) "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8" MMA_END
+               : D4(0) : A4, "l"(b), "r"(keep));
 #elif NTOK == 16
-  asm volatile(MMA_BEGIN("%13") "m64n16" MMA_TYPE "{%0,%1,%2,%3,%4,%5,%6,%7}, "
-               "{%8,%9,%10,%11}, %12" MMA_END
-               : D4(0), D4(4) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+  asm volatile(MMA("%13", 16) "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12" MMA_END
+               : D4(0), D4(4) : A4, "l"(b), "r"(keep));
 #elif NTOK == 32
-  asm volatile(MMA_BEGIN("%21") "m64n32" MMA_TYPE
-               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-               "{%16,%17,%18,%19}, %20" MMA_END
-               : D4(0), D4(4), D4(8), D4(12)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+  asm volatile(MMA("%21", 32) "{" NAMES_16 "}, {%16,%17,%18,%19}, %20" MMA_END
+               : D16(0) : A4, "l"(b), "r"(keep));
 #else
-  asm volatile(MMA_BEGIN("%37") "m64n64" MMA_TYPE
-               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-               "{%32,%33,%34,%35}, %36" MMA_END
-               : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+  asm volatile(MMA("%37", 64) "{" NAMES_32 "}, {%32,%33,%34,%35}, %36" MMA_END
+               : D16(0), D16(16) : A4, "l"(b), "r"(keep));
 #endif
-}
-
-// Byte of a 16-byte chunk in a tile of 128-byte rows, as the matrix unit swizzles it.
-__device__ __forceinline__ u32 swizzled(int row, int chunk) {
-  return row * 128 + ((chunk ^ (row & 7)) << 4);
 }
 
 #if QUANT
@@ -134,16 +74,6 @@ __device__ __forceinline__ float* x_scale(u8* xs, int block, int token) {
   return (float*)(xs + block * X_BLOCK + X_BLOCK / 2) + token * 32 + token % 32;
 }
 
-__device__ __forceinline__ void add(float4& total, const float4& v) {
-  total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
-}
-
-__device__ __forceinline__ u32 bf16_pair(float low, float high) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 #if NTOK > 16
 // A block has 256 rows and one chunk of K, a tile of 64 rows for each warpgroup. EARLY of the DEPTH
 // steps of weights are asked for before the kernel in front has ended. x is staged STAGED blocks of
@@ -168,11 +98,6 @@ __device__ __forceinline__ u32 transpose(u32 pair) {
 
 __device__ __forceinline__ void store_shared(u32 at, u32 v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
-}
-
-__device__ __forceinline__ void load_shared(u32 (&v)[4], u32 at) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
 }
 
 __device__ __forceinline__ u64 add_word(u64* word, u64 v) {
@@ -204,7 +129,7 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
                          const u8* __restrict__ weight, const u8* scale, u8* y, float4* partial,
                          u64* words, int T, int N, int K, int x_stride, int group_rows) {
   extern __shared__ __align__(1024) u8 memory[];
-  asm volatile("griddepcontrol.launch_dependents;");
+  let_next_start();
   const int tid = threadIdx.x, wg = tid / 128, lane = tid % 32, g = lane / 4, q = lane % 4;
   const int rank = blockIdx.x % PARTS, tile = blockIdx.x / PARTS, first_row = tile * 256;
   const int num_blocks = K / 128, block0 = rank * CHUNK, blocks = min(CHUNK, num_blocks - block0);
@@ -226,7 +151,7 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
       copy_async(to + THREADS * 48, from + 2 * K + 64, policy);
       from += 128, left--;
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
     slot_in = slot_in + 1 == DEPTH ? 0 : slot_in + 1;
   };
 #pragma unroll
@@ -239,7 +164,7 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
 
   // From here on what the kernel before this one wrote may be read. Of a block of x a lane stages
   // eight columns of token `first` and of every 32nd one after it.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  wait_for_previous();
   const int item = tid / 32, first = item / X_SPANS * X_TOKENS + lane / X_LANES;
   const int piece = item % X_SPANS * X_LANES + lane % X_LANES;
   const size_t x_at = (size_t)(first_row / group_rows) * K + (size_t)first * x_stride + block0 * 128;
@@ -307,19 +232,21 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
     }
 #pragma unroll
     for (int i = 0; i < STAGED; i++) place(v + i * X_ITEMS, i);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    publish_to_products();
     __syncthreads();
     for (int b = begin; b < end; b++) {
       u8* block = xs + (b - begin) * X_BLOCK;
       const float s = w_scale[wg / 2 * CHUNK + b];
-      asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
-      const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(block) >> 4;
+      await_copies<DEPTH - 1>();
+      const u64 at = descriptor(shared_address(block));
       float part[ACC];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        u32 top[4], low[4];  // 16 columns of both rows; the second half while the first is multiplied
-        load_shared(top, ring + slot * STAGE + half * THREADS * 16);
-        load_shared(low, ring + slot * STAGE + (half + 2) * THREADS * 16);
+        uint4 raw[2];  // 16 columns of both rows; the second half while the first is multiplied
+        load_shared(raw[0], ring + slot * STAGE + half * THREADS * 16);
+        load_shared(raw[1], ring + slot * STAGE + (half + 2) * THREADS * 16);
+        const u32 top[4] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w};
+        const u32 low[4] = {raw[1].x, raw[1].y, raw[1].z, raw[1].w};
         u32 a[STEPS][4];
 #pragma unroll
         for (int j = 0; j < STEPS; j++) {
@@ -327,19 +254,19 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
           a[j][0] = top[2 * j], a[j][1] = low[2 * j];
           a[j][2] = top[2 * j + 1], a[j][3] = low[2 * j + 1];
 #else
-          decode(top[j], a[j][0], a[j][2]);
-          decode(low[j], a[j][1], a[j][3]);
+          decode_e4m3(top[j], a[j][0], a[j][2]);
+          decode_e4m3(low[j], a[j][1], a[j][3]);
 #endif
         }
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        begin_products();
 #pragma unroll
         for (int j = 0; j < STEPS; j++)
           mma(part, a[j], at + (QUANT ? half * 4 : half * (X_BLOCK >> 5)) + 2 * j, half + j > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        commit_products();
       }
       copy_step();  // into the slot that was just read
       slot = slot + 1 == DEPTH ? 0 : slot + 1;
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      wait_products<0>();
 #pragma unroll
       for (int i = 0; i < ACC; i++) {
         asm volatile("" : "+f"(part[i])::"memory");
@@ -455,37 +382,11 @@ __device__ __forceinline__ void stage(u8* xs, int token, int piece, const uint4&
 #endif
 }
 
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
-               ::: "memory");
-}
-
 __device__ __forceinline__ float4 load_cluster(u32 address, int rank) {
   float4 v;
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there));
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(in_block(address, rank)));
   return v;
-}
-
-// Open a barrier for `bytes` of `send`: a whole warp calls it. The two steps of the first lane are
-// told apart for racecheck, which takes the first one for all lanes'.
-__device__ __forceinline__ void open_barrier(u32 bar, int bytes, bool is_first) {
-  if (is_first) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncwarp();
-  if (is_first)
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void await_bytes(u32 bar) {
-  asm volatile("{\n.reg .pred p;\nagain:\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n"
-               "@!p bra again;\n}" ::"r"(bar) : "memory");
 }
 
 // Store in block `rank` of the cluster, whose barrier counts it.
@@ -496,15 +397,11 @@ __device__ __forceinline__ void send(u32 to, u32 bar, int rank, float v) {
                ::"r"(to), "r"(bar), "r"(rank), "r"(__float_as_uint(v)) : "memory");
 }
 
-__device__ __forceinline__ void store_bf16(u8* to, const float4& v) {
-  *(uint2*)to = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
-}
-
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __restrict__ weight,
                   const u8* scale, u8* y, int T, int N, int K, int x_stride, int group_rows) {
   extern __shared__ __align__(1024) u8 memory[];
-  asm volatile("griddepcontrol.launch_dependents;");
+  let_next_start();
   const int tid = threadIdx.x, wg = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
   const int g = lane / 4, q = lane % 4;
   const int rank = blockIdx.x % CLUSTER, first_row = blockIdx.x / CLUSTER * (RT * 64);
@@ -546,7 +443,7 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
       copy_async(to + THREADS * 48, from + 8 * K + 64, policy);
       from += 128, left--;
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
     slot_in = slot_in + 1 == DEPTH ? 0 : slot_in + 1;
   };
   for (int i = 0; i < DEPTH - 1; i++) copy_step();
@@ -558,17 +455,13 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
   // Multiply the oldest step in the ring with one block of x and add it, scaled.
   int slot = 0;
   auto multiply = [&](float (&total)[ACC], u8* block, float s) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+    await_copies<DEPTH - 2>();
     uint4 raw[4];  // rows g and g + 8, columns 0 .. 63 and 64 .. 127 of each
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(raw[i].x), "=r"(raw[i].y), "=r"(raw[i].z), "=r"(raw[i].w)
-                   : "r"(ring + slot * STAGE + i * THREADS * 16) : "memory");
+    for (int i = 0; i < 4; i++) load_shared(raw[i], ring + slot * STAGE + i * THREADS * 16);
     slot = slot + 1 == DEPTH ? 0 : slot + 1;
     copy_step();
-    // Descriptor: 128-byte swizzle, 1024 bytes between groups of eight tokens.
-    const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(block) >> 4;
+    const u64 at = descriptor(shared_address(block));
     float part[ACC];
 #if !QUANT
 #pragma unroll
@@ -585,15 +478,15 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
         a[j][0] = top[2 * j], a[j][1] = low[2 * j];
         a[j][2] = top[2 * j + 1], a[j][3] = low[2 * j + 1];
 #else
-        decode(top[j], a[j][0], a[j][2]);
-        decode(low[j], a[j][1], a[j][3]);
+        decode_e4m3(top[j], a[j][0], a[j][2]);
+        decode_e4m3(low[j], a[j][1], a[j][3]);
 #endif
       }
 #if QUANT
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      begin_products();
 #pragma unroll
       for (int j = 0; j < STEPS; j++) mma(part, a[j], at + half * 4 + 2 * j, half + j > 0);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      commit_products();
 #else
       const u32 x_at = shared_address(block) + half * (X_BLOCK / 2) + 4 * q;
 #pragma unroll
@@ -605,7 +498,7 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
 #endif
     }
 #if QUANT
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wait_products<0>();
 #endif
 #pragma unroll
     for (int i = 0; i < ACC; i++) {
@@ -621,7 +514,7 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
 
   // From here on what the kernel before this one wrote may be read. Tokens from T on stay what they
   // are in shared memory: no other token depends on them, and nobody reads their sums.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  wait_for_previous();
   const size_t x_at = (size_t)(first_row / group_rows) * K + block0 * 128;
   const u8* x_from = x + x_at * (QUANT == 2 ? 1 : 2);
   auto load_x = [&](int token, int piece) {
@@ -658,7 +551,7 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
       if (i < items) stage(xs, token, i % X_SPANS * X_LANES + lane % X_LANES, v[j]);
     }
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  publish_to_products();
   __syncthreads();
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from dsv4.core.dispatch import KernelSpec
+from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels.common import cuda
 from dsv4.kernels.common.checks import check_aligned
+from dsv4.kernels.common.linear_device import DEVICE
 from dsv4.kernels.common.linear_plan import UNITS, Cut, cut
 from dsv4.kernels.linear.linear_fp8 import REFERENCE, check, outputs
 
@@ -37,11 +39,12 @@ PATIENCE = 30_000  # clocks that a block waits for others
 KEEP, ROUND, ROUNDED = range(3)  # what happens to x
 WARPGROUPS = 4
 STEP_BYTES = WARPGROUPS * 64 * 128
+MAX_PARTS = 48  # chunks in several blocks: each has a bit in the word of a tile
 # Compiled ahead of time: chunks in several blocks, in one, and too long for x in one pass.
 AOT_SHAPES = (4096, 8192, 1), (32768, 1024, 1), (7168, 16384, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # `plan` gives one for each call, and a source is made of it once
 class _Plan:
     """One launch of `grid` blocks of one of the two kernels."""
 
@@ -84,19 +87,36 @@ def _stream_plan(tokens: int, N: int, c: Cut) -> _Plan:
 
 
 @cache
-def plan(T: int, N: int, K: int, groups: int) -> _Plan:
-    """Up to 16 tokens, while x fits, or where rows are too few for the other, blocks in clusters;
-    else one chunk of more rows a block."""
+def find_plan(T: int, N: int, K: int, groups: int) -> _Plan | None:
+    """Up to 16 tokens, while x fits, or where rows are too few or chunks too many for the other,
+    blocks in clusters; else one chunk of more rows a block. None where the weight has no whole
+    tiles or K is too large.
+    """
     c = cut(N, K, groups)
+    if c.tiles == 0:
+        return None
     tokens = next(n for n in CONFIG if n >= min(T, MAX_TOKENS))
     small = [_cluster_plan(n, N, c) for n in (16, 8) if n <= tokens]
     if tokens <= MOST_CLUSTERED and small[0]:
         return small[0]
-    if N // groups % (64 * UNITS) == 0:
+    if N // groups % (64 * UNITS) == 0 and c.num_chunks <= MAX_PARTS:
         return _stream_plan(max(tokens, 2 * MOST_CLUSTERED), N, c)
-    return next(p for p in small if p)
+    return next((p for p in small if p), None)
 
 
+def plan(T: int, N: int, K: int, groups: int) -> _Plan:
+    """The plan, for a weight that `takes` takes."""
+    p = find_plan(T, N, K, groups)
+    if p is None:
+        raise KernelUnavailable(
+            f"{SPEC.name}: expected groups of whole tiles of 64 rows and 128 columns, and no more "
+            f"columns than fit in shared memory, got [{N}, {K}] in {groups} groups: "
+            "call torch.ops.dsv4.linear_fp8"
+        )
+    return p
+
+
+@cache
 def linear_fp8_kernel(p: _Plan, quant: int, is_e8m0: bool) -> cuda.Source:
     """The source with its constants.
 
@@ -104,7 +124,7 @@ def linear_fp8_kernel(p: _Plan, quant: int, is_e8m0: bool) -> cuda.Source:
     """
     name = "linear_fp8_stream_kernel" if p.is_streamed else "linear_fp8_kernel"
     defines = p.defines | {"QUANT": quant, "E8M0": int(is_e8m0)}
-    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines)
+    return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines, (DEVICE,))
 
 
 def sources() -> Iterator[tuple[cuda.Source, str]]:
@@ -117,10 +137,11 @@ def sources() -> Iterator[tuple[cuda.Source, str]]:
 
 
 def takes(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether there are few tokens and the weight has whole tiles."""
-    N, K = weight.shape
-    is_few = 0 < x.shape[0] <= MAX_TOKENS
-    return is_few and groups > 0 and N % groups == 0 and cut(N, K, groups).tiles > 0
+    """Whether there are few tokens, and a plan for the weight."""
+    T, (N, K) = x.shape[0], weight.shape
+    if not 0 < T <= MAX_TOKENS or groups < 1 or N % groups:
+        return False
+    return find_plan(T, N, K, groups) is not None
 
 
 def launch(

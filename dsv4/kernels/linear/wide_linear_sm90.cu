@@ -5,10 +5,8 @@
 // only it reads, so that its loop has no barrier, and asks for as much as the ring holds before the
 // kernel in front of it has ended. The block of rank r gives the tokens r, r + CLUSTER, ...: it
 // adds the sums of all chunks, chunk 0 first, which reach it through distributed shared memory.
-
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+//
+// Follows linear_device.cu in one text.
 
 // NTOK     columns of the matrix instruction: 8, 16, 32 or 64 tokens
 // ROWS     rows of a block: 16, 32 or 64; the matrix instruction always has 64
@@ -33,27 +31,13 @@ static_assert(ROWS % 16 == 0 && ROWS <= 64, "whole warps of one matrix instructi
 static_assert(DEPTH >= AT_ONCE && NTOK <= 64, "a ring with room");
 static_assert(!RING || DEPTH > 1, "a slot is filled while another is read");
 
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
 
-// Of weights: read once a step, they leave L2 first, so that code and activations stay.
 __device__ __forceinline__ void copy_once(u32 to, const void* from) {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;"
-               ::"r"(to), "l"(from), "l"(policy));
-}
-
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Byte of a 16-byte piece in a tile of 128-byte rows, as the matrix unit swizzles it.
-__device__ __forceinline__ u32 swizzled(int row, int piece) {
-  return row * 128 + ((piece ^ (row & 7)) << 4);
+               ::"r"(to), "l"(from), "l"(read_once()));
 }
 
 // 16 rows and 16 columns, as the matrix unit's A operand.
@@ -62,67 +46,26 @@ __device__ __forceinline__ void load_fragment(u32 (&a)[4], u32 at) {
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at) : "memory");
 }
 
-#define MMA(n) "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #n \
-               "k16.f32.bf16.bf16 "
-#define MMA_END ", p, 1, 1, 0;\n}"
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-
 // d += a b: 64 rows of weights, NTOK tokens, 16 columns.
 __device__ __forceinline__ void mma(float (&d)[ACC], const u32 (&a)[4], u64 b) {
 #if NTOK == 8
-  asm volatile(MMA(8) "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8" MMA_END : D4(0) : A4, "l"(b));
+  asm volatile(MMA("1", 8) "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8" MMA_END : D4(0) : A4, "l"(b));
 #elif NTOK == 16
-  asm volatile(MMA(16) "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12" MMA_END
+  asm volatile(MMA("1", 16) "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12" MMA_END
                : D4(0), D4(4) : A4, "l"(b));
 #elif NTOK == 32
-  asm volatile(MMA(32) "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-               "{%16,%17,%18,%19}, %20" MMA_END
-               : D4(0), D4(4), D4(8), D4(12) : A4, "l"(b));
+  asm volatile(MMA("1", 32) "{" NAMES_16 "}, {%16,%17,%18,%19}, %20" MMA_END
+               : D16(0) : A4, "l"(b));
 #else
-  asm volatile(MMA(64) "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-               "{%32,%33,%34,%35}, %36" MMA_END
-               : D4(0), D4(4), D4(8), D4(12), D4(16), D4(20), D4(24), D4(28) : A4, "l"(b));
+  asm volatile(MMA("1", 64) "{" NAMES_32 "}, {%32,%33,%34,%35}, %36" MMA_END
+               : D16(0), D16(16) : A4, "l"(b));
 #endif
 }
 
-// What lay in a block before is seen by all of the cluster after.
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
-               ::: "memory");
-}
-
-// By one warp. One lane does both, in order; but the first is an instruction of the warp as a whole,
-// and racecheck takes them for those of two lanes unless they are kept apart.
-__device__ __forceinline__ void open_barrier(u32 bar, int bytes, bool is_first) {
-  if (is_first) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncwarp();
-  if (is_first)
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void await_bytes(u32 bar) {
-  asm volatile("{\n.reg .pred p;\nagain:\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n"
-               "@!p bra again;\n}" ::"r"(bar) : "memory");
-}
-
-// Store in another block, which its barrier counts.
+// Store in another block, which its barrier counts; both are addresses of `in_block`.
 __device__ __forceinline__ void send(u32 to, u32 bar, float v) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
                ::"r"(to), "r"(__float_as_uint(v)), "r"(bar) : "memory");
-}
-
-// The address in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ u32 in_block(u32 address, int rank) {
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
 }
 
 __device__ __forceinline__ float load_cluster(u32 address) {
@@ -153,7 +96,7 @@ __device__ __forceinline__ size_t place_of(const Joined& p, int token, int row, 
 __device__ __forceinline__ void run(
     u8* memory, const u8* __restrict__ x, const u8* __restrict__ weight, float* y, int T, int N,
     int K, const Joined& joined) {
-  asm volatile("griddepcontrol.launch_dependents;");
+  let_next_start();
   const int tid = threadIdx.x, wg = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
   const int rank = blockIdx.x % CLUSTER, first_row = blockIdx.x / CLUSTER * ROWS;
   const int num_blocks = K / 128;
@@ -188,12 +131,12 @@ __device__ __forceinline__ void run(
   };
   for (int step = 0; step < DEPTH; step++) {
     copy_weights(step);
-    if (!RING || step == DEPTH - 1) commit();
+    if (!RING || step == DEPTH - 1) commit_copies();
   }
 
   // From here on what the kernel before this one wrote may be read. Tokens from T on stay what they
   // are in shared memory: no other token depends on them, and nobody reads their sums.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  wait_for_previous();
   const bool has_out = tid < own * ROWS && first_row + tid % ROWS < N;
   long long position = 0;
   if (JOINED && has_out)
@@ -209,7 +152,7 @@ __device__ __forceinline__ void run(
   };
   for (int step = 0; step < DEPTH; step++) {
     copy_x(step);
-    commit();
+    commit_copies();
   }
 #else
   const u8* x_from = x + block0 * 256;
@@ -233,7 +176,7 @@ __device__ __forceinline__ void run(
         *(uint4*)(memory + piece / 8 * X_STEP + swizzled(token, piece % 8)) = v[j];
     }
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  publish_to_products();
   __syncthreads();
 #endif
   // Asked for now, needed at the end.
@@ -241,16 +184,16 @@ __device__ __forceinline__ void run(
 
   float acc[ACC] = {};
   for (int step = 0; step < steps; step += AT_ONCE) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+    await_copies<DEPTH - 2>();
 #if RING
     // Who passes the barrier knows that this step has arrived for all, and that all are done with
     // the step before, whose slot is free then.
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory");
+    publish_to_products();
+    group_barrier(wg);
     if (step > 0) {
       copy_weights(step - 1 + DEPTH);
       copy_x(step - 1 + DEPTH);
-      commit();
+      commit_copies();
     }
     const u32 block = xs + (wg * DEPTH + step % DEPTH) * X_STEP;
 #else
@@ -267,17 +210,16 @@ __device__ __forceinline__ void run(
     __syncwarp();
     for (int i = 0; i < AT_ONCE; i++) {
       copy_weights(step + i + DEPTH);
-      commit();
+      commit_copies();
     }
 #endif
-    // Descriptor: 128-byte swizzle, 1024 bytes between groups of eight tokens.
-    const u64 at = 1ull << 62 | 64ull << 32 | 1ull << 16 | block >> 4;
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    const u64 at = descriptor(block);
+    begin_products();
 #pragma unroll
     for (int j = 0; j < 4 * AT_ONCE; j++) mma(acc, a[j], at + j / 4 * (X_STEP >> 4) + j % 4 * 2);
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < ACC; i++) asm volatile("" : "+f"(acc[i])::"memory");
+    commit_products();
+    wait_products<0>();
+    hold(acc);
   }
 
 #if PUSH

@@ -21,6 +21,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels.common import cuda
 from dsv4.kernels.common.checks import check_aligned
+from dsv4.kernels.common.linear_device import DEVICE
 from dsv4.kernels.common.linear_plan import WIDE_CHUNKS, wide_cut
 from dsv4.kernels.linear.wide_linear import REFERENCE, check, outputs
 
@@ -80,7 +81,7 @@ def wide_linear_kernel(p: Plan, is_joined: bool = False) -> cuda.Source:
     """The source with its constants; joined, that of `joined_wide_linear`."""
     name = "joined_wide_linear_kernel" if is_joined else "wide_linear_kernel"
     path = Path(__file__).with_suffix(".cu")
-    return cuda.Source.of(path, name, {**p.defines, "JOINED": int(is_joined)})
+    return cuda.Source.of(path, name, {**p.defines, "JOINED": int(is_joined)}, (DEVICE,))
 
 
 def sources(is_joined: bool = False) -> Iterator[tuple[cuda.Source, str]]:

@@ -22,11 +22,10 @@
 // Blocks wait for each other, so all must run at once: it is launched when the kernels before it are
 // done. The kernel after it may start early. That one's blocks come after the last of these has
 // started, and so never hold what these need.
+//
+// Follows linear_device.cu in one text.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
 typedef unsigned short u16;
-typedef unsigned char u8;
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 16 * WARPS;  // weight rows of a unit
@@ -70,16 +69,9 @@ struct Stage {
     u32 scales[2][U][8][SCALE_BYTES / 4];
 };
 
-// Codes are read once a step: they leave L2 first, so that code and activations stay.
-__device__ __forceinline__ u64 read_once() {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-    const u32 at = __cvta_generic_to_shared(to);
+    const u32 at = shared_address(to);
     if constexpr (BYTES == 16)  // codes, past L1
         asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
                      ::"r"(at), "l"(from), "l"(read_once()));
@@ -332,7 +324,7 @@ __device__ __forceinline__ void issue(Producer& c, const Params& p, const Smem& 
             else if (!c.is_down) begin(c, p, s, 1);
         }
     }
-    asm volatile("cp.async.commit_group;");
+    commit_copies();
 }
 
 // The sum over a token's experts, ascending; equal ids in the order of their slots.
@@ -438,7 +430,7 @@ __device__ __forceinline__ void run_units(
         float acc[2][4] = {};
 #pragma unroll 1
         for (int step = 0; step < steps; step++) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+            await_copies<STAGES - 2>();
             __syncwarp();  // lanes copy scales for each other, and into what others have read
             multiply(acc, ring[slot], xs + step * U * 16 * TOKENS, g % TOKENS, lane);
             issue(c, p, s, ring[slot == 0 ? STAGES - 1 : slot - 1]);
@@ -468,7 +460,8 @@ moe_routed_kernel(
                       partial, counters, T, first, limit};
     constexpr int WIDEST = D > F ? D : F;
     Stage* ring = reinterpret_cast<Stage*>(xs + TOKENS * WIDEST / 8) + threadIdx.x / 32 * STAGES;
-    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    let_next_start();
+    wait_for_previous();
     OneToken token;
     if (TOKENS == 1) token.load(p.x);
     if (MAX_PAIRS <= 32) make_short_lists(s, p, T * K_EXPERTS);

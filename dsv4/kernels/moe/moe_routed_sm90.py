@@ -14,6 +14,7 @@ from dsv4.core.dispatch import KernelSpec
 from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels.common import cuda
 from dsv4.kernels.common.checks import check_aligned
+from dsv4.kernels.common.linear_device import DEVICE
 from dsv4.kernels.moe.moe_routed import GROUPS, REFERENCE, check, outputs
 
 __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "moe_routed_kernel", "outputs"]
@@ -42,7 +43,8 @@ def moe_routed_kernel(T: int, K: int, D: int, F: int, E: int, format: str) -> tu
     }  # fmt: skip
     if D % (128 * defines["U"]) or F % (128 * defines["U"]):
         defines["U"] = 1
-    source = cuda.Source.of(Path(__file__).with_suffix(".cu"), "moe_routed_kernel", defines)
+    path = Path(__file__).with_suffix(".cu")
+    source = cuda.Source.of(path, "moe_routed_kernel", defines, (DEVICE,))
     return source, shared_bytes(defines)
 
 
