@@ -15,14 +15,14 @@ from dsv4.kernels.linear import (
     linear_fp8_w8a8_sm90,
 )
 from dsv4.ops.quant import fp8_act_quantize
-from dsv4.testing.cases.linear import FLASH, PRO, tokens
+from dsv4.testing.cases.linear import tokens
 from dsv4.testing.numeric import assert_bits_equal
-from support.real_sizes import fp8_weight_on_gpu
+from support.real_sizes import LINEAR_SHAPES, fp8_weight_on_gpu, needs_hopper
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = {f"flash-{k}": v for k, v in FLASH.items()} | {f"pro-{k}": v for k, v in PRO.items()}
-SHAPES["few_rows"] = 384, 2048, 1  # no whole blocks of 256: sixteen tokens at a time, in clusters
+# The last has no whole blocks of 256 rows: sixteen tokens at a time, in clusters.
+SHAPES = {**LINEAR_SHAPES, "few_rows": (384, 2048, 1)}
 SPLIT = ["flash-wo_a", "flash-wo_b", "flash-wq_a_wkv", "pro-wo_b"]  # chunks in several blocks
 # One of each form: beside those, one chunk, and x in two passes from 33 tokens on (pro-).
 FORMS = [*SPLIT, "flash-wq_b", "pro-wq_b", "few_rows"]
@@ -35,9 +35,8 @@ MODES = {  # what happens to x -> the kernel and the one in Triton
 
 
 @pytest.fixture(autouse=True)
-def needs_hopper() -> None:
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs SM 9x")
+def only_hopper() -> None:
+    needs_hopper()
 
 
 @pytest.fixture
@@ -47,9 +46,6 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     linear_fp8_sm90.find_plan.cache_clear()
     yield
     linear_fp8_sm90.find_plan.cache_clear()
-
-
-KERNEL: ModuleType = linear_fp8_sm90
 
 
 def inputs(name: str, mode: str, T: int = 64, kind: str = "e8m0") -> tuple[Any, ...]:
@@ -103,9 +99,9 @@ def test_bits_of_one_token_and_of_triton(name: str, mode: str, kind: str) -> Non
 @pytest.mark.parametrize("name", FORMS)
 def test_a_token_of_nan_is_of_no_other_concern(name: str, T: int) -> None:
     args = inputs(name, "w8a16", T)
-    want = result(KERNEL, args)
+    want = result(linear_fp8_sm90, args)
     args[0][3] = float("nan")
-    got = result(KERNEL, args)
+    got = result(linear_fp8_sm90, args)
     assert bool(got[3].isnan().all())
     others = [t for t in range(T) if t != 3]
     assert_bits_equal("others", got[others], want[others])
@@ -115,17 +111,17 @@ def test_a_token_of_nan_is_of_no_other_concern(name: str, T: int) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_ten_runs_and_ten_replays_are_equal(name: str, T: int) -> None:
     args = inputs(name, "w8a16", T)
-    want = result(KERNEL, args)
+    want = result(linear_fp8_sm90, args)
     for i in range(10):
-        assert_bits_equal(f"run {i}", result(KERNEL, args), want)
-    out = KERNEL.outputs(*args)
+        assert_bits_equal(f"run {i}", result(linear_fp8_sm90, args), want)
+    out = linear_fp8_sm90.outputs(*args)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        inside = KERNEL.outputs(*args)
+        inside = linear_fp8_sm90.outputs(*args)
         for _ in range(3):
-            KERNEL.launch(*args, out)
-            KERNEL.launch(*args, inside)
+            linear_fp8_sm90.launch(*args, out)
+            linear_fp8_sm90.launch(*args, inside)
     for i in range(10):
         for y, partial, *_ in (out, inside):
             y.fill_(float("nan"))
@@ -143,7 +139,7 @@ def test_shares_that_blocks_left_to_the_last_one(name: str, T: int) -> None:
     args = inputs(name, "w8a16", T)
     want = result(linear_fp8, args)
     for i in range(5):
-        assert_bits_equal(f"run {i}", result(KERNEL, args), want)
+        assert_bits_equal(f"run {i}", result(linear_fp8_sm90, args), want)
 
 
 def test_two_streams_at_the_same_time() -> None:
@@ -156,8 +152,8 @@ def test_two_streams_at_the_same_time() -> None:
     for _ in range(50):
         for i, (args, stream) in enumerate(zip(both, streams, strict=True)):
             with torch.cuda.stream(stream):
-                out = KERNEL.outputs(*args)
-                KERNEL.launch(*args, out)
+                out = linear_fp8_sm90.outputs(*args)
+                linear_fp8_sm90.launch(*args, out)
                 got[i].append(out[0])
     torch.cuda.synchronize()
     for i, ys in enumerate(got):
@@ -176,8 +172,8 @@ def test_a_chain_in_a_graph_waits_for_its_input(T: int) -> None:
         found = []
         for weight, scale, groups in weights:
             args = y[:, : groups * weight.shape[1]].contiguous(), weight, scale, groups, False
-            out = KERNEL.outputs(*args)
-            KERNEL.launch(*args, out)
+            out = linear_fp8_sm90.outputs(*args)
+            linear_fp8_sm90.launch(*args, out)
             if wait:
                 torch.cuda.synchronize()
             y = out[0]

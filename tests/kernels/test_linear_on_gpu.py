@@ -17,30 +17,24 @@ from dsv4.kernels.linear import (
 )
 from dsv4.ops import linear as ops
 from dsv4.reference import linear as oracle
-from dsv4.testing.cases.linear import FLASH, JOINED_FLASH, PRO, fp8_weight, joined_args, tokens
+from dsv4.testing.cases.linear import JOINED_FLASH, fp8_weight, joined_args, tokens
 from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
-from support.real_sizes import fp8_weight_on_gpu, launched
+from support.real_sizes import LINEAR_SHAPES, fp8_weight_on_gpu, launched, needs_hopper
 from support.wide_error import assert_within, wide_error
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = {f"flash-{k}": v for k, v in FLASH.items()} | {f"pro-{k}": v for k, v in PRO.items()}
 COUNTS = (1, 2, 8, 9, 16, 17, 32, 33, 63, 64)
 PROMPTS = (65, 128, 129, 300, 1000, 1024)
 
 
-def needs_hopper() -> None:
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs SM 9x")
-
-
 def weight_of(name: str) -> tuple[Tensor, Tensor, int]:
-    N, K, groups = SHAPES[name]
+    N, K, groups = LINEAR_SHAPES[name]
     return *fp8_weight_on_gpu(N, K), groups
 
 
 @pytest.mark.parametrize("quantize", [False, True], ids=["w8a16", "w8a8"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", LINEAR_SHAPES)
 def test_every_shape_at_full_size(name: str, quantize: bool) -> None:
     """Error, and the same bits for a token alone, among others, and in a prompt."""
     weight, scale, groups = weight_of(name)
@@ -81,7 +75,7 @@ def launched_prompt(x: Tensor, weight: Tensor, scale: Tensor, groups: int) -> Te
 
 
 @pytest.mark.parametrize("is_fp32", [False, True], ids=["e8m0", "fp32"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", LINEAR_SHAPES)
 def test_kernels_of_prompts_agree_to_the_bit(name: str, is_fp32: bool) -> None:
     needs_hopper()
     weight, scale, groups = weight_of(name)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from dsv4.testing.cases.linear import FLASH, PRO
 
 # Kinds of attention, as AttentionCase takes them.
 ATTENTION_KINDS: dict[str, dict[str, Any]] = {
@@ -14,6 +17,17 @@ ATTENTION_KINDS: dict[str, dict[str, Any]] = {
     "hca": {"ratio": 128, "per_page": 2},
     "swa": {"ratio": 1 << 20, "per_page": 1},
 }
+
+# FP8 linears of both models: rows, columns, groups.
+LINEAR_SHAPES = {f"flash-{k}": v for k, v in FLASH.items()} | {
+    f"pro-{k}": v for k, v in PRO.items()
+}
+
+
+def needs_hopper() -> None:
+    """Skip what only a kernel for SM 9x does."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs SM 9x")
 
 
 def fp8_weight_on_gpu(N: int, K: int) -> tuple[Tensor, Tensor]:
