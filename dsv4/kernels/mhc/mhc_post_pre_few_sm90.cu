@@ -48,7 +48,7 @@ struct Exchange {
   u64 squares[MOST_TOKENS][MOST_SOURCES];  // of y, epoch
   u32 read[MOST_TOKENS], epoch;
 };
-static_assert(__builtin_offsetof(Exchange, epoch) + 4 == 4 * EXCHANGE_INTS, "what is allocated");
+static_assert(sizeof(Exchange) == 4 * EXCHANGE_INTS, "what is allocated");
 
 struct Shared {
   uint2 fn[STEPS][NB][3][32];  // B fragments: three BF16 parts of what a lane needs

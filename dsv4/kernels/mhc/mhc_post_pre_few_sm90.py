@@ -30,7 +30,8 @@ COLUMNS = 32  # of a block
 CONFIG = {4: 4, MAX_TOKENS: 8}
 MIN_BLOCKS = 3  # on an SM
 MOST_SOURCES = mhc_cluster.MAX_D // COLUMNS
-EXCHANGE_INTS = MAX_TOKENS * MOST_SOURCES * (5 * 2 * 4 + 2) + MAX_TOKENS + 1  # struct Exchange
+# struct Exchange, whose words of four numbers make its size a multiple of 16 bytes
+EXCHANGE_INTS = -(-(MAX_TOKENS * (MOST_SOURCES * (5 * 2 * 4 + 2) + 1) + 1) // 4) * 4
 
 
 @cache
