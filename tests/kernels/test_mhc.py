@@ -226,7 +226,7 @@ def test_which_kernels_take_few_tokens() -> None:
     ):
         assert reason in (few.why_not(other) or "")
     assert "FP8" in (few.why_not(x, quantise=True) or "")
-    assert few.EXCHANGE_INTS * 4 == 8 * 5 * 224 * 2 * 16 + 8 * 224 * 8 + 9 * 4
+    assert few.EXCHANGE_INTS * 4 == 8 * 5 * 224 * 2 * 16 + 8 * 224 * 8 + 12 * 4
 
 
 def test_few_tokens_take_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
