@@ -133,7 +133,7 @@ def one(op: str, calls: Callable[..., dict[str, Any]], *sizes: int) -> Callable[
 
 
 FAMILIES = {
-    "attention": Family(attention_calls, tokens=(*TOKENS, 12, 140)),
+    "attention": Family(attention_calls, tokens=(*TOKENS, 20, 140)),
     "moe_grouped": Family(moe_calls, ("moe_routed/grouped",)),
     "moe_w4a8": Family(moe_calls, ("moe_routed_w4a8/",)),
     "moe_decode": Family(moe_calls, ("moe_routed/sm90", "moe_routed/triton"), (*TOKENS, 48)),

@@ -239,11 +239,15 @@ def test_zeros_of_tokens_without_keys_are_those_of_triton(
 @pytest.mark.skipif(not is_hopper, reason="such blocks are of the kernel for Hopper")
 @pytest.mark.parametrize("H", [16, 70, 128])
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("name", "few"), [(OPS[0], 0), (OPS[0], 1 << 30), (OPS[1], 0)])
 def test_blocks_that_go_on_give_the_same_bits(
-    name: str, H: int, kind: str, monkeypatch: pytest.MonkeyPatch
+    name: str, few: int, H: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More programs than SMs, of all lengths; some tokens have no keys."""
+    """More programs than SMs, of all lengths; some tokens have no keys.
+
+    few  below that many groups of tiles a program of decode has one tile: always or never
+    """
+    monkeypatch.setattr(decode_kernel, "FEW_PROGRAMS", few)
     requests = ((3000, 150), (100, 80), (0, 200))
     args = AttentionCase(requests, H, 512, 128, padding=9, **ATTENTION_KINDS[kind]).args("cuda")
     args["position"][40:43] = -1
@@ -251,10 +255,11 @@ def test_blocks_that_go_on_give_the_same_bits(
 
     def result() -> Tensor:
         out = module.outputs(**args)
-        first = out[0] if isinstance(out, tuple) else out
-        first.fill_(float("nan"))
+        parts = out if isinstance(out, tuple) else (out,)
+        for x in parts:
+            x.fill_(float("nan"))
         module.launch(**args, out=out)
-        return first
+        return parts[0]
 
     kernel = load(decode_sm90.source(False), args["q"].device, decode_sm90.CONFIG["shared_bytes"])
     with monkeypatch.context() as patch:

@@ -245,6 +245,9 @@ def test_prompts_have_room_for_whole_tiles_and_sums_of_chunks() -> None:
         assert images.numel() == -(-T // 128) * 128 * groups * K
     assert linear_fp8_prompt_sm90.num_parts(130, 1024, 4096, 1) > 1
     assert linear_fp8_prompt_sm90.num_parts(8192, 1024, 4096, 1) == 1
+    measured = (128, 512, 4096, True), (512, 1536, 4096, False), (1024, 512, 4096, False)
+    for T, N, K, is_split in measured:  # which way was faster
+        assert (linear_fp8_prompt_sm90.num_parts(T, N, K, 1) > 1) == is_split
     assert linear_fp8_prompt_sm90.CONFIG["shared_bytes"] <= 227 << 10
 
 

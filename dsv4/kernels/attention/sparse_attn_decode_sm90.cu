@@ -841,9 +841,12 @@ __device__ __forceinline__ Query program_at(const Params& p, int index) {
         query.head = index / p.parts / SHARES % head_blocks * HEADS;
         query.t = index / p.parts / SHARES / head_blocks;
     } else {
+        int parts = p.parts;
+        // Not known to the compiler: it would keep what divides by them in registers it lacks.
+        asm volatile("" : "+r"(parts), "+r"(head_blocks));
         query.head = index % head_blocks * HEADS;
-        query.t = index / head_blocks / p.parts;
-        query.part = index / head_blocks % p.parts;
+        query.t = index / head_blocks / parts;
+        query.part = index / head_blocks % parts;
         query.share = 0;
     }
     query.window_tiles = (p.rows + TILE - 1) / TILE;
@@ -867,7 +870,21 @@ __device__ __forceinline__ void look_up(const Params& p, Query& query) {
     query.num_entries = p.entry_words ? p.K : min(query.visible, p.K);
     query.num_tiles = query.window_tiles + (query.num_entries + TILE - 1) / TILE;
     if (query.slot < 0) query.num_tiles = 0;
-    query.end = min(query.first + min(p.tiles_each, query.num_tiles), query.num_tiles);
+    int end = min(query.first + min(p.tiles_each, query.num_tiles), query.num_tiles);
+    query.end = max(query.first, end);
+}
+
+// The first of programs `index`, `index` + gridDim.x, .. that has something to do; `programs` or more
+// if there is none. Parts without tiles are not written, results without keys are.
+__device__ __forceinline__ int find_program(
+    const Params& p, int index, int programs, Query& query) {
+#pragma unroll 1
+    for (; index < programs; index += gridDim.x) {
+        query = program_at(p, index);
+        look_up(p, query);
+        if (p.parts == 1 || query.first < query.num_tiles) break;
+    }
+    return index;
 }
 
 // A block of a cluster.
@@ -892,22 +909,19 @@ __device__ __forceinline__ void consume_and_combine(
 // Programs at gridDim.x from each other. All of a token are looked up, and queries fetched, while the
 // results before leave; the producers are ahead by as many tiles as there are buffers.
 __device__ __forceinline__ void consume(
-    const Params& p, Query query, int programs, u8* smem, u32 full, u32 empty) {
+    const Params& p, Query query, int index, int programs, u8* smem, u32 full, u32 empty) {
     load_query(p, query, smem);
-    for (int index = blockIdx.x, n = 0; index < programs; index += gridDim.x) {
+    for (int n = 0; index < programs;) {
         await_query();
         State state = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
         for (int i = query.first; i < query.end; i++)
             attend_tile(p, query, n++, smem, full, empty, state);
         // Both warp groups have exchanged scores since, or met above: none reads the queries.
         Query next = query;
-        if (index + gridDim.x < programs) {
-            next = program_at(p, index + gridDim.x);
-            load_query(p, next, smem);
-            look_up(p, next);
-        }
+        index = find_program(p, index + gridDim.x, programs, next);
+        if (index < programs) load_query(p, next, smem);
         if (p.parts > 1) {
-            store_part(p, query, state);
+            if (query.first < query.end) store_part(p, query, state);
         } else if (FP8) {
             store_fp8(p, query, state);
         } else {
@@ -945,10 +959,11 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
     __syncthreads();
     asm volatile("griddepcontrol.wait;" ::: "memory");
     Query query = program_at(p, blockIdx.x);
-    int early[2], programs = T * ((H + HEADS - 1) / HEADS) * parts;
+    int early[2], index = blockIdx.x, programs = T * ((H + HEADS - 1) / HEADS) * parts;
     list_first(p, query, early);
     look_up(p, query);
-    if (!SPLIT && parts > 1 && query.first >= query.num_tiles) return;  // the block's only one
+    bool is_only = index + gridDim.x >= programs;
+    if (!SPLIT && parts > 1 && is_only && query.first >= query.num_tiles) return;
 
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
@@ -957,14 +972,12 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         cluster_sync();
         cluster_sync();
 #else
-        for (int index = blockIdx.x, n = 0;;) {
+        for (int n = 0;;) {
             if (query.first < query.end) produce(p, query, n, early, smem, full, empty);
             n += query.end - query.first;
-            index += gridDim.x;
+            index = find_program(p, index + gridDim.x, programs, query);
             if (index >= programs) break;
-            query = program_at(p, index);
             list_first(p, query, early);
-            look_up(p, query);
         }
 #endif
     } else {
@@ -972,7 +985,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
 #if SPLIT
         consume_and_combine(p, query, smem, full, empty);
 #else
-        consume(p, query, programs, smem, full, empty);
+        consume(p, query, index, programs, smem, full, empty);
 #endif
     }
 }

@@ -150,9 +150,9 @@ def run(
     chosen = page_table if entries is None else entries
     kernel = load(source(out.scale is not None, split), q.device, CONFIG["shared_bytes"])
     programs = shape.T * -(-shape.H // HEADS) * parts * max(split, 1)
-    # A block that has all tiles of a program goes on to another.
+    # A block goes on to another program, unless it is one of a cluster.
     kernel.launch(
-        min(programs, kernel.num_sms) if parts == 1 else programs, CONFIG["threads"],
+        programs if split else min(programs, kernel.num_sms), CONFIG["threads"],
         q, step, window, pages, page_table, chosen, slot, position, first_row, first_position,
         sink, *angles, *out, sums, stats, scale * LOG2_E, shape.T, shape.H, shape.num_entries,
         page_table.shape[1], each, parts, rows, entries_per_page, ratio,

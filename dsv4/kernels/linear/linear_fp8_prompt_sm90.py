@@ -31,18 +31,18 @@ TOKENS = ROWS = 128  # of a tile
 STAGED = 64  # tokens of a block of the kernel that writes images
 SLOTS, IMAGE_BYTES, SUM_BYTES = 5, TOKENS * BLOCK * 2, ROWS * TOKENS * 4
 CONFIG = {"threads": 384, "shared_bytes": SLOTS * (IMAGE_BYTES + 16) + SUM_BYTES}
-# Costs in steps of 128 columns, about 1 us: the kernel that adds chunks, and FP32 numbers that are
-# written and read.
-SUM_STEPS, STEP_NUMBERS = 4, 1 << 20
+# Costs in steps of 128 columns, about 1 us: what a tile costs beside its steps, and the FP32 numbers
+# that are written and read in one. Fitted to what docs/performance/linear.md has measured.
+TILE_STEPS, STEP_NUMBERS = 1.5, 1 << 19
 
 
 @cache
 def num_parts(T: int, N: int, K: int, groups: int) -> int:
     """1, or the number of chunks of K where a block does one of a tile, not all."""
     c, tiles = cut(N, K, groups), -(-T // TOKENS) * N // ROWS
-    whole = -(-tiles // NUM_SMS) * (K // BLOCK)
-    split = -(-tiles * c.num_chunks // NUM_SMS) * c.chunk
-    split += SUM_STEPS + T * N * c.num_chunks // STEP_NUMBERS
+    whole = -(-tiles // NUM_SMS) * (K // BLOCK + TILE_STEPS)
+    split = -(-tiles * c.num_chunks // NUM_SMS) * (c.chunk + TILE_STEPS)
+    split += T * N * c.num_chunks / STEP_NUMBERS
     return c.num_chunks if split < whole else 1
 
 
