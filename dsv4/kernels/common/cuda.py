@@ -103,21 +103,25 @@ class Kernel:
         return driver_call("cuOccupancyMaxActiveClusters", self.function, config)
 
     def launch(
-        self, grid: int, threads: int, *args: Tensor | int | float | None, overlaps: bool = False,
-        cluster: int = 1,
+        self, grid: int, threads: int, *args: Tensor | int | float | ctypes.Structure | None,
+        overlaps: bool = False, cluster: int = 1,
     ) -> None:  # fmt: skip
-        """Start `grid` blocks on the current stream. None is a null pointer, an int an int32.
+        """Start `grid` blocks on the current stream. None is a null pointer, an int an int32; a
+        structure stands alone, for device functions with one argument.
 
         overlaps  whether it may start while the kernel before it runs (griddepcontrol); it must
                   then wait for that one before it reads its results or writes anything
         cluster   how many blocks in a row are a cluster
         """
-        values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args)
-        kinds = tuple(_kind(x) for x in args)
         config = self._config(overlaps, cluster)
         config.gridDimX, config.blockDimX = grid, threads
         config.hStream = torch.cuda.current_stream().cuda_stream
-        driver_call("cuLaunchKernelEx", config, self.function, (values, kinds), 0)
+        if len(args) == 1 and isinstance(args[0], ctypes.Structure):
+            pointer = ctypes.pointer(args[0])  # alive until the driver has copied the structure
+            parameters: Any = ctypes.addressof(pointer)
+        else:
+            parameters = _values(args), tuple(_kind(x) for x in args)
+        driver_call("cuLaunchKernelEx", config, self.function, parameters, 0)
 
     @cache  # noqa: B019
     def _config(self, overlaps: bool, cluster: int) -> Any:
@@ -211,6 +215,10 @@ def shared_counters(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _used[device] = max(top, _used[device])
+
+
+def _values(args: tuple) -> tuple[int | float, ...]:
+    return tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args)
 
 
 def _kind(value: Tensor | int | float | None) -> Any:

@@ -7,12 +7,9 @@ us for 8192 scores of one row on an H200, where this one takes 6.2.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
@@ -36,6 +33,7 @@ class Args(ctypes.Structure):
     ]
 
 
+@cache
 def topk_select_kernel(num_keys: int, topk: int, is_merge: bool) -> cuda.Source:
     """The source for programs of `num_keys`."""
     defines = {
@@ -55,35 +53,12 @@ def launch_select(
     args = Args(
         *(x.data_ptr() for x in (scores, lengths, out, keys, ids)), S=S, blocks=blocks, block=block
     )
-    device = scores.device
-    _launcher(topk_select_kernel(block, topk, False), device)(args, T * blocks, not is_first)
+    threads = CONFIG["THREADS"]
+    select = cuda.load(topk_select_kernel(block, topk, False), scores.device, 0)
+    select.launch(T * blocks, threads, args, overlaps=not is_first)
     if blocks > 1:
-        merge = triton.next_power_of_2(blocks * topk)
-        _launcher(topk_select_kernel(merge, topk, True), device)(args, T, True)
-
-
-@cache
-def _launcher(source: cuda.Source, device: torch.device) -> Callable[[Args, int, bool], None]:
-    kernel, driver = cuda.load(source, device, 0), cuda.driver
-    overlap = driver.CUlaunchAttribute()
-    attribute = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    overlap.id = attribute
-    overlap.value.programmaticStreamSerializationAllowed = 1
-    config = driver.CUlaunchConfig()
-    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-    config.blockDimX = CONFIG["THREADS"]
-
-    def start(args: Args, grid: int, is_overlapped: bool) -> None:
-        config.gridDimX = grid
-        config.attrs, config.numAttrs = [overlap] * is_overlapped, int(is_overlapped)
-        config.hStream = torch.cuda.current_stream(device).cuda_stream
-        pointer: Any = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        parameters = ctypes.addressof(pointer)
-        (status,) = driver.cuLaunchKernelEx(config, kernel.function, parameters, 0)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"cuLaunchKernelEx: {status}")
-
-    return start
+        merge = topk_select_kernel(triton.next_power_of_2(blocks * topk), topk, True)
+        cuda.load(merge, scores.device, 0).launch(T, threads, args, overlaps=True)
 
 
 def launch(

@@ -31,8 +31,8 @@ TOKENS = ROWS = 128  # of a tile
 STAGED = 64  # tokens of a block of the kernel that writes images
 SLOTS, IMAGE_BYTES, SUM_BYTES = 5, TOKENS * BLOCK * 2, ROWS * TOKENS * 4
 CONFIG = {"threads": 384, "shared_bytes": SLOTS * (IMAGE_BYTES + 16) + SUM_BYTES}
-# Costs in steps of 128 columns, about 1 us: what a tile costs beside its steps, and the FP32 numbers
-# that are written and read in one. Fitted to what docs/performance/linear.md has measured.
+# Costs in steps of 128 columns, about 1 us: what a tile costs beside its steps, and the FP32
+# numbers that are written and read in one. Fitted to what docs/performance/linear.md has measured.
 TILE_STEPS, STEP_NUMBERS = 1.5, 1 << 19
 
 
