@@ -33,7 +33,7 @@ static_assert(MAX_EACH * SUMS_BYTES <= STATS_AT, "sums lie over queries and the 
 // either half, so what they say of halves (attend_tile) would not do.
 static_assert(MAX_EACH <= STAGES && AHEAD >= 16, "sizes of a cluster");
 
-struct Params {
+struct Params {  // as in Python
     const u8 *q, *step, *window, *pages;
     const int* table;
     const int* entries;
@@ -42,7 +42,8 @@ struct Params {
     u8 *out, *out_scale;
     float *sums, *stats;
     float scale;
-    int T, H, K, max_pages, tiles_each, parts, rows, page_rows, ratio, entry_words, page_magic, is_rotated;
+    int T, H, K, max_pages, tiles_each, parts, rows, page_rows, ratio, entry_words, page_magic;
+    int is_rotated;
 };
 
 struct Query {  // what a program does: tiles first .. end - 1 of the token's
@@ -874,17 +875,20 @@ __device__ __forceinline__ void look_up(const Params& p, Query& query) {
     query.end = max(query.first, end);
 }
 
-// The first of programs `index`, `index` + gridDim.x, .. that has something to do; `programs` or more
-// if there is none. Parts without tiles are not written, results without keys are.
-__device__ __forceinline__ int find_program(
-    const Params& p, int index, int programs, Query& query) {
+__device__ __forceinline__ int num_programs(const Params& p) {
+    return p.T * ((p.H + HEADS - 1) / HEADS) * p.parts;
+}
+
+// The first of programs `index`, `index` + gridDim.x, .. that has something to do, or -1 if there is
+// none. Parts without tiles are not written, results without keys are.
+__device__ __forceinline__ int find_program(const Params& p, int index, Query& query) {
 #pragma unroll 1
-    for (; index < programs; index += gridDim.x) {
+    for (; index < num_programs(p); index += gridDim.x) {
         query = program_at(p, index);
         look_up(p, query);
-        if (p.parts == 1 || query.first < query.num_tiles) break;
+        if (p.parts == 1 || query.first < query.num_tiles) return index;
     }
-    return index;
+    return -1;
 }
 
 // A block of a cluster.
@@ -909,17 +913,17 @@ __device__ __forceinline__ void consume_and_combine(
 // Programs at gridDim.x from each other. All of a token are looked up, and queries fetched, while the
 // results before leave; the producers are ahead by as many tiles as there are buffers.
 __device__ __forceinline__ void consume(
-    const Params& p, Query query, int index, int programs, u8* smem, u32 full, u32 empty) {
+    const Params& p, Query query, u8* smem, u32 full, u32 empty) {
     load_query(p, query, smem);
-    for (int n = 0; index < programs;) {
+    for (int index = blockIdx.x, n = 0; index >= 0;) {
         await_query();
         State state = {{NO_KEYS, NO_KEYS}, {0.f, 0.f}, {}};
         for (int i = query.first; i < query.end; i++)
             attend_tile(p, query, n++, smem, full, empty, state);
         // Both warp groups have exchanged scores since, or met above: none reads the queries.
         Query next = query;
-        index = find_program(p, index + gridDim.x, programs, next);
-        if (index < programs) load_query(p, next, smem);
+        index = find_program(p, index + gridDim.x, next);
+        if (index >= 0) load_query(p, next, smem);
         if (p.parts > 1) {
             if (query.first < query.end) store_part(p, query, state);
         } else if (FP8) {
@@ -932,17 +936,9 @@ __device__ __forceinline__ void consume(
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
-    const u8* q, const u8* step, const u8* window, const u8* pages, const int* table,
-    const int* entries, const i64* slot, const i64* position, const i64* first_row,
-    const i64* first_position, const float* sink, const float* cos, const float* sin, u8* out,
-    u8* out_scale, float* sums, float* stats, float scale, int T, int H, int K, int max_pages, int tiles_each,
-    int parts, int rows, int page_rows, int ratio, int entry_words, int page_magic, int is_rotated) {
+    const __grid_constant__ Params p) {
     extern __shared__ u8 unaligned[];
     u8* smem = unaligned + (-shared_address(unaligned) & 1023);
-    const Params p = {
-        q, step, window, pages, table, entries, slot, position, first_row, first_position, sink,
-        cos, sin, out, out_scale, sums, stats, scale, T, H, K, max_pages, tiles_each, parts,
-        rows, page_rows, ratio, entry_words, page_magic, is_rotated};
     // Until it waits for what the kernel before writes, it only reads weights.
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     u32 full = shared_address(smem) + BARRIER_AT, empty = full + 8 * STAGES;
@@ -954,16 +950,16 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (threadIdx.x * 32 < H)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(sink + threadIdx.x * 32));
+    if (threadIdx.x * 32 < p.H)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.sink + threadIdx.x * 32));
     __syncthreads();
     asm volatile("griddepcontrol.wait;" ::: "memory");
     Query query = program_at(p, blockIdx.x);
-    int early[2], index = blockIdx.x, programs = T * ((H + HEADS - 1) / HEADS) * parts;
+    int early[2];
     list_first(p, query, early);
     look_up(p, query);
-    bool is_only = index + gridDim.x >= programs;
-    if (!SPLIT && parts > 1 && is_only && query.first >= query.num_tiles) return;
+    bool is_only = blockIdx.x + gridDim.x >= num_programs(p);
+    if (!SPLIT && p.parts > 1 && is_only && query.first >= query.num_tiles) return;
 
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
@@ -972,11 +968,11 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
         cluster_sync();
         cluster_sync();
 #else
-        for (int n = 0;;) {
+        for (int index = blockIdx.x, n = 0;;) {
             if (query.first < query.end) produce(p, query, n, early, smem, full, empty);
             n += query.end - query.first;
-            index = find_program(p, index + gridDim.x, programs, query);
-            if (index >= programs) break;
+            index = find_program(p, index + gridDim.x, query);
+            if (index < 0) break;
             list_first(p, query, early);
         }
 #endif
@@ -985,7 +981,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
 #if SPLIT
         consume_and_combine(p, query, smem, full, empty);
 #else
-        consume(p, query, index, programs, smem, full, empty);
+        consume(p, query, smem, full, empty);
 #endif
     }
 }

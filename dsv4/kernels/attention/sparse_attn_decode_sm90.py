@@ -12,6 +12,7 @@ is in docs/performance/attention.md.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -39,6 +40,22 @@ HEADS, DIMS = 64, 512
 # with fewer, each has so many heads to finish that a second kernel is faster.
 SPLITS = {4: 1, 2: 8}
 MAX_CLUSTER, MAX_EACH = 16, 2  # blocks of a cluster; tiles of a block, where 4 share the dims
+
+
+class Params(ctypes.Structure):
+    """`struct Params` of the device code."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "q", "step", "window", "pages", "table", "entries", "slot", "position", "first_row",
+            "first_position", "sink", "cos", "sin", "out", "out_scale", "sums", "stats",
+        )),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in (
+            "T", "H", "K", "max_pages", "tiles_each", "parts", "rows", "page_rows", "ratio",
+            "entry_words", "page_magic", "is_rotated",
+        )),
+    ]  # fmt: skip
 
 
 @cache
@@ -148,16 +165,21 @@ def run(
     is_rotated = cos is not None
     angles = (cos, sin) if is_rotated else (sink, sink)
     chosen = page_table if entries is None else entries
+    tensors = (
+        q, step, window, pages, page_table, chosen, slot, position, first_row, first_position,
+        sink, *angles, *out, sums, stats,
+    )  # fmt: skip
+    params = Params(
+        *(None if x is None else x.data_ptr() for x in tensors), scale * LOG2_E, shape.T, shape.H,
+        shape.num_entries, page_table.shape[1], each, parts, rows, entries_per_page, ratio,
+        0 if entries is None else entries.element_size() // 4, magic(entries_per_page), is_rotated,
+    )  # fmt: skip
     kernel = load(source(out.scale is not None, split), q.device, CONFIG["shared_bytes"])
     programs = shape.T * -(-shape.H // HEADS) * parts * max(split, 1)
     # A block goes on to another program, unless it is one of a cluster.
     kernel.launch(
-        programs if split else min(programs, kernel.num_sms), CONFIG["threads"],
-        q, step, window, pages, page_table, chosen, slot, position, first_row, first_position,
-        sink, *angles, *out, sums, stats, scale * LOG2_E, shape.T, shape.H, shape.num_entries,
-        page_table.shape[1], each, parts, rows, entries_per_page, ratio,
-        0 if entries is None else entries.element_size() // 4, magic(entries_per_page),
-        int(is_rotated), overlaps=True, cluster=parts if split else 1,
+        programs if split else min(programs, kernel.num_sms), CONFIG["threads"], params,
+        overlaps=True, cluster=parts if split else 1,
     )  # fmt: skip
 
 
