@@ -9,7 +9,11 @@ from dsv4.core.op import dsv4_op
 from dsv4.kernels import mhc as kernels
 
 # Best first. All but the last of each take BF16 streams of some widths; see `_kernel`.
-MHC_POST_PRE = (kernels.mhc_post_pre_sm90, kernels.mhc_post_pre)
+MHC_POST_PRE = (
+    kernels.mhc_post_pre_many_sm90,
+    kernels.mhc_post_pre_sm90,
+    kernels.mhc_post_pre,
+)
 MHC_POST_PRE_FEW = (kernels.mhc_post_pre_few_sm90, *MHC_POST_PRE)
 MHC_PRE_NORM = (kernels.mhc_pre_norm_sm90, kernels.mhc_pre_norm)
 MHC_POST = (kernels.mhc_post.SPEC,)

@@ -140,7 +140,7 @@ FAMILIES = {
     "indexer": Family(indexer_calls),
     "linear": Family(linear_calls, tokens=(*TOKENS, 24, 150, 200)),
     "cache": Family(partial(cache.cache_calls, head_dim=512)),
-    "mhc": Family(mhc_calls),
+    "mhc": Family(mhc_calls, tokens=(*TOKENS, 257)),
     "sampling": Family(sampling_calls),
     "norm": Family(partial(norm.norm_calls, dims=1024, rows=128)),
     "quant": Family(partial(quant.quant_calls, dims=1024)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels import mhc as kernels
-from dsv4.kernels.common import cuda
+from dsv4.kernels.common import cuda, mhc_many
 from dsv4.ops import mhc as ops
 from dsv4.reference import mhc as oracle
 from dsv4.reference.quant import fp8_act_quantize
@@ -229,19 +229,22 @@ def test_which_kernels_take_few_tokens() -> None:
     assert few.EXCHANGE_INTS * 4 == 8 * 5 * 224 * 2 * 16 + 8 * 224 * 8 + 12 * 4
 
 
-def test_few_tokens_take_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for a copy in FP8, other widths, or many tokens of a large one."""
+def test_which_kernel_takes_how_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks: not for a copy in FP8, other widths, or many tokens of a large one."""
     used: list[str] = []
-    for name in ("mhc_post_pre_few_sm90", "mhc_post_pre_sm90", "mhc_post_pre"):
+    variants = "_few_sm90", "_many_sm90", "_sm90", ""
+    for name in (f"mhc_post_pre{variant}" for variant in variants):
         monkeypatch.setattr(
             getattr(kernels, name), "launch", lambda *args, name=name, **kwargs: used.append(name)
         )
     monkeypatch.setattr(ops, "select", lambda specs, device: specs[0])
-    few, wide, portable = "mhc_post_pre_few_sm90", "mhc_post_pre_sm90", "mhc_post_pre"
+    few, many, wide, portable = (f"mhc_post_pre{variant}" for variant in variants)
+    least = kernels.mhc_post_pre_many_sm90.CONFIG["MIN_TOKENS"]
     for T, D, quantise, want in (
         (1, 1024, False, few), (8, 4096, False, few), (9, 1024, False, wide),
         (4, 7168, False, few), (5, 7168, False, wide), (1, 1024, True, wide),
-        (1, 256, False, portable),
+        (1, 256, False, portable), (least - 1, 1024, False, wide), (least, 1024, False, many),
+        (least, 1024, True, many), (least, 7168, False, many), (least, 256, False, portable),
     ):  # fmt: skip
         ops.mhc_post_pre(**mhc_case("mhc_post_pre", T, D, quantise=quantise))
         assert used.pop() == want, (T, D, quantise)
@@ -257,6 +260,43 @@ def test_results_of_the_kernels_for_hopper_are_aligned(name: str, at: int) -> No
     which = ("streams", "y")[at]
     with pytest.raises(ValueError, match=f"{which}: expected an address that is a multiple of 16"):
         kernel.launch(**args, out=tuple(out))
+
+
+@pytest.mark.parametrize("name", ["post", "comb", "norm", "fn", "streams", "y", "new_comb"])
+def test_many_tokens_want_aligned_tensors(name: str) -> None:
+    kernel, args = kernels.mhc_post_pre_many_sm90, mhc_case("mhc_post_pre", 256, 1024)
+    out = list(kernel.outputs(**args))
+    results = {"streams": 0, "y": 1, "new_comb": 3}
+    x = out[results[name]] if name in results else args[name]
+    x = x.new_empty(x.numel() + 1)[1:].view(x.shape)
+    if name in results:
+        out[results[name]] = x
+    else:
+        args[name] = x
+    with pytest.raises(ValueError, match=f"{name}: expected an address that is a multiple of 16"):
+        kernel.launch(**args, out=tuple(out))
+
+
+def test_many_tokens_refuse_few_by_name() -> None:
+    kernel, args = kernels.mhc_post_pre_many_sm90, mhc_case("mhc_post_pre", 9, 1024)
+    least = kernel.CONFIG["MIN_TOKENS"]
+    with pytest.raises(KernelUnavailable, match=f"at least {least} tokens, got 9: call torch.ops"):
+        kernel.launch(**args, out=kernel.outputs(**args))
+    for other, reason in (
+        (torch.zeros(least, 4, 1024), "expected torch.bfloat16"),
+        (torch.zeros(least, 4, 1280, dtype=BF16), "a multiple of 1024"),
+    ):
+        assert reason in (kernel.why_not(other) or "")
+
+
+@pytest.mark.parametrize("D", range(1024, 7169, 1024))
+def test_memory_of_a_block_for_many_tokens(D: int) -> None:
+    """What an SM has: 227 KB for a block; 16 warps of 128 registers, four on each of its parts."""
+    teams, threads, num_bytes = mhc_many.plan(D, 24)
+    assert num_bytes <= 227 * 1024
+    assert threads == teams * D // 16
+    assert threads <= 512
+    assert num_bytes % 16 == 0
 
 
 def test_few_tokens_refuse_many_by_name() -> None:

@@ -12,16 +12,9 @@
 // Constants: D a multiple of 1024, ROWS 24 (or 4: the head), POST, QUANTISE, NORM_BF16, KERNEL.
 // Follows mhc_device.cu in one text.
 
-constexpr int TILE = 16;
-constexpr int SLAB = D / CTAS, WARPS = SLAB / 32, COMPUTE = 32 * WARPS, THREADS = COMPUTE + 32;
-constexpr int COLS = ROWS + 1;  // the products and the sum of squares
-constexpr int NB = ROWS == 24 ? 3 : 1;
-constexpr int FN_STRIDE = N * SLAB + 4;  // + 4: rows of a phase of loads in different banks
-constexpr int RED_STRIDE = 26;
+constexpr int COMPUTE = 32 * WARPS, THREADS = COMPUTE + 32;
 constexpr int COEFS = N + N * N, COEFS_EACH = POST ? (TILE * COEFS + COMPUTE - 1) / COMPUTE : 1;
 constexpr int YPARTS = QUANTISE ? 2 : 1;  // squares, and the largest of half a group
-constexpr float FP8_RECIPROCAL = 1.0f / 448.0f;
-static_assert(D % 1024 == 0 && (ROWS == 24 || ROWS == 4), "sizes");
 
 struct Shared {
   float fn[ROWS * FN_STRIDE];
@@ -128,48 +121,6 @@ __device__ __forceinline__ void load_tile(Raw &raw, const Args &a, int tile, int
   }
 }
 
-// Products of the warp's columns. The order of columns within a k16 step is that of the registers:
-// lane q holds 8q .. 8q + 7, and gives four of them to each of two steps.
-__device__ __forceinline__ void products(Shared &s, uint4 (&x)[2][N], float (&sum)[NB][4]) {
-  const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
-  float rest[NB][4];
-#pragma unroll
-  for (int b = 0; b < NB; b++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) sum[b][i] = rest[b][i] = 0.0f;
-  const float *fn = s.fn + g * FN_STRIDE + warp * 32 + 8 * q;
-#pragma unroll
-  for (int j = 0; j < N; j++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const u32 a[4] = {word(x[0][j], 2 * half), word(x[1][j], 2 * half),
-                        word(x[0][j], 2 * half + 1), word(x[1][j], 2 * half + 1)};
-      u32 part[3][NB][2];
-#pragma unroll
-      for (int b = 0; b < NB; b++) {
-        float4 f = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (ROWS == 24 || g < ROWS)
-          f = *(const float4 *)(fn + b * 8 * FN_STRIDE + j * SLAB + 4 * half);
-#pragma unroll
-        for (int i = 0; i < 3; i++) {
-          part[i][b][0] = split(f.x, f.y);
-          part[i][b][1] = split(f.z, f.w);
-        }
-      }
-      // Products that add to the same sum lie NB apart.
-#pragma unroll
-      for (int i = 0; i < 3; i++)
-#pragma unroll
-        for (int b = 0; b < NB; b++)
-          mma(i == 0 ? sum[b] : rest[b], a, part[i][b][0], part[i][b][1]);
-    }
-  }
-#pragma unroll
-  for (int b = 0; b < NB; b++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) sum[b][i] += rest[b][i];
-}
-
 // Sums over the block's warps, each to the block that owns the token.
 __device__ __forceinline__ void send_partials(
     Shared &s, float (&sum)[NB][4], const float (&squares)[2], int p, u32 rank) {
@@ -244,30 +195,6 @@ __device__ __forceinline__ u32 group_max(const Shared &s, int token, int p, u32 
   return m;
 }
 
-// dsv4.reference.quant.fp8_act_quantize of 8 columns, whose group is `largest` before the factor.
-__device__ __forceinline__ void store_fp8(
-    const Args &a, const uint4 &y, float largest, long long t, int column) {
-  const float amax = low(pack(largest, 0.0f));  // rounded as the values are; NaN stays
-  const u32 ratio = __float_as_uint((amax < 1e-4f ? 1e-4f : amax) * FP8_RECIPROCAL) & 0x7FFFFFFFu;
-  const u32 byte = min((ratio >> 23) + ((ratio & 0x7FFFFFu) != 0), 255u);
-  const float inverse = __uint_as_float(byte == 255 ? 0x7FC00000u : (254 - byte) << 23);
-  uint2 codes;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    unsigned short c[2];
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const u32 pair = (&y.x)[2 * i + k];
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-          : "=h"(c[k])
-          : "f"(high(pair) * inverse), "f"(low(pair) * inverse));
-    }
-    (&codes.x)[i] = c[0] | ((u32)c[1] << 16);
-  }
-  *(uint2 *)(a.value + t * D + column) = codes;
-  if (column % 128 == 0) a.fp8_scale[t * (D / 128) + column / 128] = byte;
-}
-
 __device__ __forceinline__ void finish(
     Shared &s, const Args &a, float (&y)[2][8], const float (&weight)[8], int tile, int index,
     int column, u32 rank) {
@@ -292,7 +219,7 @@ __device__ __forceinline__ void finish(
     store16(a.y + t * D + column, out);
     if (QUANTISE) {
       const float largest = __uint_as_float(group_max(s, token, p, rank)) * factor;
-      store_fp8(a, out, largest, t, column);
+      store_fp8(a.value, a.fp8_scale, out, largest, t, column);
     }
   }
 }
@@ -366,7 +293,7 @@ __device__ void compute_warps(Shared &s, const Args &a, u32 rank, int first, int
   bar_wait(&s.fn_bar, 0);
   for (int tile = first, index = 0;; tile += step, index++) {
     const bool is_last = tile + step >= tiles;
-    products(s, x, sum);
+    products(s.fn, threadIdx.x >> 5, x, sum);
     send_partials(s, sum, squares, index & 1, rank);
     if (index) finish(s, a, y, weight, tile - step, index - 1, column, rank);
     if (!is_last) {

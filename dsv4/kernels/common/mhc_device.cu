@@ -1,12 +1,20 @@
-// What the mHC kernels of Hopper share: one text, compiled in front of each (mhc_cluster.cu and
-// mhc/mhc_post_pre_few_sm90.cu), so that a token has the same bits in all.
+// What the mHC kernels of Hopper share: one text, compiled in front of each (mhc_cluster.cu, mhc_many.cu
+// and mhc/mhc_post_pre_few_sm90.cu), so that a token has the same bits in all.
 //
-// Constants: D, ROWS 24 (or 4: the head), POST.
+// Constants: D a multiple of 1024, ROWS 24 (or 4: the head), POST.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int CTAS = 16, N = 4;  // blocks of a cluster, streams
+constexpr int CTAS = 16, N = 4, TILE = 16;  // ranks of a token's columns, streams, tokens of a tile
+constexpr int SLAB = D / CTAS, WARPS = SLAB / 32;  // of a rank
+constexpr int COLS = ROWS + 1;  // the products and the sum of squares
+constexpr int NB = ROWS == 24 ? 3 : 1, STEPS = 2 * N;  // of 8 rows; of 16 columns: 32 of each stream
+constexpr int FN_STRIDE = N * SLAB + 4;  // + 4: rows of a phase of loads in different banks
+constexpr int RED_STRIDE = 26;
+constexpr float FP8_RECIPROCAL = 1.0f / 448.0f;
+constexpr u32 MOST_TRIES = 1 << 26;  // half a minute and more
+static_assert(D % 1024 == 0 && (ROWS == 24 || ROWS == 4), "sizes");
 
 // ---- PTX
 
@@ -31,6 +39,15 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u3
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// A block that waits for one that never comes is an error, not a hang.
+__device__ __forceinline__ void count_try(u32 &tries) {
+  if (++tries == MOST_TRIES) __trap();
 }
 
 // ---- numbers
@@ -120,6 +137,122 @@ __device__ __forceinline__ void collapse(
     squares = fmaf(lo, lo, squares);
     squares = fmaf(hi, hi, squares);
   }
+}
+
+// B fragments of eight rows and a step: three BF16 parts of what a lane needs.
+struct Parts {
+  uint2 of[3][32];
+};
+
+// f: of lane (g, q) row g and, of the stream, columns 8 q + 4 half and the next three.
+__device__ __forceinline__ void put_parts(Parts &to, uint4 &f) {
+  float v[4];
+#pragma unroll
+  for (int k = 0; k < 4; k++) v[k] = __uint_as_float(word(f, k));
+#pragma unroll
+  for (int part = 0; part < 3; part++) {
+    const u32 first = split(v[0], v[1]);
+    to.of[part][threadIdx.x & 31] = make_uint2(first, split(v[2], v[3]));
+  }
+}
+
+// Products of the warp's columns with rows of fn. The order of columns within a k16 step is that of the registers:
+// lane q holds 8q .. 8q + 7, and gives four of them to each of two steps.
+__device__ __forceinline__ void products(
+    const float *fn, int warp, uint4 (&x)[2][N], float (&sum)[NB][4]) {
+  const int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+  float rest[NB][4];
+#pragma unroll
+  for (int b = 0; b < NB; b++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[b][i] = rest[b][i] = 0.0f;
+  fn += g * FN_STRIDE + warp * 32 + 8 * q;
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u32 a[4] = {word(x[0][j], 2 * half), word(x[1][j], 2 * half),
+                        word(x[0][j], 2 * half + 1), word(x[1][j], 2 * half + 1)};
+      u32 part[3][NB][2];
+#pragma unroll
+      for (int b = 0; b < NB; b++) {
+        float4 f = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (ROWS == 24 || g < ROWS)
+          f = *(const float4 *)(fn + b * 8 * FN_STRIDE + j * SLAB + 4 * half);
+#pragma unroll
+        for (int i = 0; i < 3; i++) {
+          part[i][b][0] = split(f.x, f.y);
+          part[i][b][1] = split(f.z, f.w);
+        }
+      }
+      // Products that add to the same sum lie NB apart.
+#pragma unroll
+      for (int i = 0; i < 3; i++)
+#pragma unroll
+        for (int b = 0; b < NB; b++)
+          mma(i == 0 ? sum[b] : rest[b], a, part[i][b][0], part[i][b][1]);
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < NB; b++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[b][i] += rest[b][i];
+}
+
+// The same with rows that are in parts; HALVES 1: rows 8 to 15 of the tile are no tokens.
+template <int HALVES>
+__device__ __forceinline__ void products(
+    const Parts (&fn)[STEPS][NB], uint4 (&x)[HALVES][N], float (&sum)[NB][4]) {
+  const int lane = threadIdx.x & 31;
+  float rest[NB][4];
+#pragma unroll
+  for (int b = 0; b < NB; b++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[b][i] = rest[b][i] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    const int j = step / 2, half = step % 2;
+    constexpr int LAST = HALVES - 1;
+    const u32 rows[4] = {
+        word(x[0][j], 2 * half), LAST ? word(x[LAST][j], 2 * half) : 0,
+        word(x[0][j], 2 * half + 1), LAST ? word(x[LAST][j], 2 * half + 1) : 0};
+#pragma unroll
+    for (int part = 0; part < 3; part++)
+#pragma unroll
+      for (int b = 0; b < NB; b++) {
+        const uint2 f = fn[step][b].of[part][lane];
+        mma(part == 0 ? sum[b] : rest[b], rows, f.x, f.y);
+      }
+  }
+#pragma unroll
+  for (int b = 0; b < NB; b++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[b][i] += rest[b][i];
+}
+
+// dsv4.reference.quant.fp8_act_quantize of 8 columns, whose group is `largest` before the factor.
+__device__ __forceinline__ void store_fp8(
+    unsigned char *value, unsigned char *scale, const uint4 &y, float largest, long long t,
+    int column) {
+  const float amax = low(pack(largest, 0.0f));  // rounded as the values are; NaN stays
+  const u32 ratio = __float_as_uint((amax < 1e-4f ? 1e-4f : amax) * FP8_RECIPROCAL) & 0x7FFFFFFFu;
+  const u32 byte = min((ratio >> 23) + ((ratio & 0x7FFFFFu) != 0), 255u);
+  const float inverse = __uint_as_float(byte == 255 ? 0x7FC00000u : (254 - byte) << 23);
+  uint2 codes;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    unsigned short c[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const u32 pair = (&y.x)[2 * i + k];
+      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+          : "=h"(c[k])
+          : "f"(high(pair) * inverse), "f"(low(pair) * inverse));
+    }
+    (&codes.x)[i] = c[0] | ((u32)c[1] << 16);
+  }
+  *(uint2 *)(value + t * D + column) = codes;
+  if (column % 128 == 0) scale[t * (D / 128) + column / 128] = byte;
 }
 
 // comb of one token, of scaled and shifted mixes; every lane holds all of it.

@@ -1,7 +1,8 @@
 """mHC: four residual streams, mixed before and after every sub-layer.
 
-*_sm90: CUDA C++ (common/mhc_cluster.cu, for few tokens *_few_sm90.cu), on Hopper, for BF16 and
-widths that are multiples of 1024; without a suffix: Triton, GPUs from SM 9.0 and the interpreter.
+*_sm90: CUDA C++ (common/mhc_cluster.cu; for few tokens *_few_sm90.cu, for many common/mhc_many.cu),
+on Hopper, for BF16 and widths that are multiples of 1024; without a suffix: Triton, GPUs from
+SM 9.0 and the interpreter.
 """
 
 from dsv4.kernels.mhc import (
@@ -10,6 +11,7 @@ from dsv4.kernels.mhc import (
     mhc_post,
     mhc_post_pre,
     mhc_post_pre_few_sm90,
+    mhc_post_pre_many_sm90,
     mhc_post_pre_sm90,
     mhc_pre_norm,
     mhc_pre_norm_sm90,
@@ -21,6 +23,7 @@ __all__ = [
     "mhc_post",
     "mhc_post_pre",
     "mhc_post_pre_few_sm90",
+    "mhc_post_pre_many_sm90",
     "mhc_post_pre_sm90",
     "mhc_pre_norm",
     "mhc_pre_norm_sm90",

@@ -31,12 +31,10 @@
 // EXCHANGE_INTS of the memory.
 // Follows mhc_device.cu in one text.
 
-constexpr int SOURCES = D / 32, WARPS = SOURCES / CTAS;
-constexpr int MOST_TOKENS = 8, PAIRS = 5, NB = 3, THREADS = 32 * BLOCK_WARPS;
-constexpr u32 MOST_TRIES = 1 << 26;  // half a minute and more
-constexpr int STEPS = 2 * N;  // of 16 columns: 32 of each stream
+constexpr int SOURCES = D / 32;
+constexpr int MOST_TOKENS = 8, PAIRS = 5, THREADS = 32 * BLOCK_WARPS;
 constexpr int STRIDE = CTAS + 4;  // of a row of sums: rows of a phase of loads in different banks
-static_assert(D % 1024 == 0 && SOURCES <= MOST_SOURCES && ROWS == 24 && POST, "sizes");
+static_assert(SOURCES <= MOST_SOURCES && ROWS == 24 && POST, "sizes");
 constexpr int ROWS_OF_PRE = N + 1;
 static_assert(BLOCK_WARPS >= 4, "a warp gathers what the quads' lane of its number has sent");
 
@@ -51,7 +49,7 @@ struct Exchange {
 static_assert(sizeof(Exchange) == 4 * EXCHANGE_INTS, "what is allocated");
 
 struct Shared {
-  uint2 fn[STEPS][NB][3][32];  // B fragments: three BF16 parts of what a lane needs
+  Parts fn[STEPS][NB];
   float sums[ROWS_OF_PRE * 8][STRIDE];  // by rank: pre and squares of each token, or all of one
   float pre[MOST_TOKENS][N], factor[MOST_TOKENS];
   u32 epoch;
@@ -110,11 +108,6 @@ __device__ __forceinline__ u32 load_word(const u32 *p) {
   return v;
 }
 
-// A block that waits for one that never comes is an error, not a hang.
-__device__ __forceinline__ void count_try(u32 &tries) {
-  if (++tries == MOST_TRIES) __trap();
-}
-
 // Written by a launch that has ended, so any load will do.
 __device__ __forceinline__ u32 next_epoch(const Exchange &e) {
   u32 last;
@@ -124,10 +117,6 @@ __device__ __forceinline__ u32 next_epoch(const Exchange &e) {
 
 __device__ __forceinline__ void prefetch(const void *p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // ---- sums of all sources
@@ -215,16 +204,7 @@ __device__ __forceinline__ void stage_fn(Shared &s, const float *fn, int source)
     const int step = warp + i * BLOCK_WARPS;
     if (step >= STEPS) break;
 #pragma unroll
-    for (int b = 0; b < NB; b++) {
-      float v[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++) v[k] = __uint_as_float(word(f[i][b], k));
-#pragma unroll
-      for (int part = 0; part < 3; part++) {
-        const u32 first = split(v[0], v[1]);
-        s.fn[step][b][part][lane] = make_uint2(first, split(v[2], v[3]));
-      }
-    }
+    for (int b = 0; b < NB; b++) put_parts(s.fn[step][b], f[i][b]);
   }
 }
 
@@ -250,32 +230,6 @@ __device__ __forceinline__ void make_block_streams(
 #pragma unroll
     for (int k = 0; k < N; k++)
       store16(a.streams + (long long)(g * N + k) * D + column, x[k]);
-}
-
-// The products of mhc_cluster.cu, in its order; rows 8 to 15 of the tile are no tokens.
-__device__ __forceinline__ void products(const Shared &s, uint4 (&x)[N], float (&sum)[NB][4]) {
-  const int lane = threadIdx.x & 31;
-  float rest[NB][4];
-#pragma unroll
-  for (int b = 0; b < NB; b++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) sum[b][i] = rest[b][i] = 0.0f;
-#pragma unroll
-  for (int step = 0; step < STEPS; step++) {
-    const int j = step / 2, half = step % 2;
-    const u32 rows[4] = {word(x[j], 2 * half), 0, word(x[j], 2 * half + 1), 0};
-#pragma unroll
-    for (int part = 0; part < 3; part++)
-#pragma unroll
-      for (int b = 0; b < NB; b++) {
-        const uint2 f = s.fn[step][b][part][lane];
-        mma(part == 0 ? sum[b] : rest[b], rows, f.x, f.y);
-      }
-  }
-#pragma unroll
-  for (int b = 0; b < NB; b++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) sum[b][i] += rest[b][i];
 }
 
 // Sums of the warp's columns to all: lane q has 2 q and 2 q + 1 of each 8.
@@ -335,11 +289,11 @@ __device__ void source_block(Shared &s, const Args &a) {
       for (int i = 0; i < 4; i++) __syncthreads();
     return;
   }
-  uint4 x[N];
+  uint4 x[1][N];
   float squares, sum[NB][4], y[8];
   if (warp == 0) {
-    make_block_streams(s, a, x, squares, column, g);
-    products(s, x, sum);
+    make_block_streams(s, a, x[0], squares, column, g);
+    products(s.fn, x, sum);
     squares = quad_sum(squares);
     if (g < a.T) send_sums(e, sum, squares, s.epoch, slot, g, q);
   }
@@ -349,7 +303,7 @@ __device__ void source_block(Shared &s, const Args &a) {
   sync(a.T);
   if (warp == 0) {
     squares = 0.0f;
-    collapse(y, x, s.pre[g], squares);
+    collapse(y, x[0], s.pre[g], squares);
     squares = quad_sum(squares);
     if (g < a.T && q == 0) store_word(&e.squares[g][slot], squares, epoch);
   }
