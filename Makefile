@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The CPU build of torch where pip offers it (no NVIDIA driver here), any torch >= 2.11 otherwise.
 TORCH_CPU := torch==2.13.0
+# The oldest that extra `cuda` allows: what it compiles, newer ones do. With a GPU torch has its own.
+OLDEST_NVRTC := nvidia-cuda-nvrtc==13.0.*
+HAS_GPU = command -v nvidia-smi >/dev/null 2>&1
+# What the targets for a GPU run: PYTHON if it is given, else this folder's environment if it is there.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
 # On shared cores more threads are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
@@ -58,12 +63,15 @@ gpu:
 	  $${ATTACH:+--attach="$$ATTACH"} -- "$$HOST"
 else
 gpu:
-	$(PYTHON) -m pytest -m gpu tests
+	@$(GPU_PYTHON) -c "import pytest, torch; assert torch.cuda.is_available()" 2>/dev/null || \
+	  { echo "needs a CUDA device, torch and pytest for $(GPU_PYTHON): make .venv/.ready-dev, or" \
+	    "PYTHON=one that has them, or HOST=user@box" >&2; exit 1; }
+	$(GPU_PYTHON) -m pytest -m gpu tests
 endif
 
 # Every kernel under compute-sanitizer, about five minutes; the environment of `make gpu`.
 sanitize:
-	PYTHONPATH=. $(PYTHON) tools/sanitize.py
+	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize.py
 
 # Every kernel on a CUDA device, in an environment that has torch: rows into build/rows.jsonl, from
 # which tools/merge_rows.py makes baselines. FAMILIES="norm quant" for some; FLAGS=--once first, which
@@ -72,7 +80,7 @@ FAMILIES ?= cache embedding norm quant mhc router sampling linear moe attention 
 bench-gpu:
 	@mkdir -p build; failed=""; \
 	for family in $(FAMILIES); do \
-	  $(PYTHON) -m benchmarks.kernels.bench_$$family --json build/rows.jsonl $(FLAGS) \
+	  $(GPU_PYTHON) -m benchmarks.kernels.bench_$$family --json build/rows.jsonl $(FLAGS) \
 	    || failed="$$failed $$family"; \
 	done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
@@ -84,7 +92,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	  { echo "needs Python 3.11 or newer: make demo PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@if command -v nvidia-smi >/dev/null 2>&1; then \
+	@if $(HAS_GPU); then \
 	  $(BIN)/pip install -q "torch>=2.11"; \
 	else \
 	  $(BIN)/pip install -q "$(TORCH_CPU)" || $(BIN)/pip install -q "torch>=2.11"; \
@@ -92,11 +100,13 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install -q -e ".[chat]"
+	@if $(HAS_GPU); then extras=chat,cuda; else extras=chat; fi; \
+	  $(BIN)/pip install -q -e ".[$$extras]"
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install -q -e ".[dev]"
+	@$(HAS_GPU) || $(BIN)/pip install -q "$(OLDEST_NVRTC)"
 	@touch $@ $(VENV)/.ready
 
 clean:

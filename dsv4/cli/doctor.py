@@ -16,7 +16,7 @@ from dsv4.core.errors import install_hint
 SCHEMA = 1
 NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "rich")
 MIN_TORCH = (2, 11)
-EXTRAS = {"chat": "deepseek-recipe", "hf": "transformers"}
+EXTRAS = {"chat": "deepseek-recipe", "cuda": "nvidia-cuda-nvrtc", "hf": "transformers"}
 OPTIONAL = ("triton",)
 SLOWLY = "ok, slowly: TRITON_INTERPRET=1 runs them on the CPU"
 

@@ -27,9 +27,20 @@ def printable(text: object, limit: int = 120) -> str:
 
 
 class Dsv4Error(Exception):
-    """Base of every error a caller can cause. `fix` says what to do about it."""
+    """Base of every error a caller can cause. `fix`, in a traceback too, says what to do."""
 
-    fix: str = ""
+    _fix = ""
+
+    @property
+    def fix(self) -> str:
+        """The way out, or "" where the message has it."""
+        return self._fix
+
+    @fix.setter
+    def fix(self, text: str) -> None:
+        self._fix = text
+        if text:
+            self.add_note(f"-> {text}")
 
 
 class ConfigError(Dsv4Error, ValueError):

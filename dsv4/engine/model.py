@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dsv4.core.config import ModelConfig
 from dsv4.core.errors import DeviceUnavailable, RequestError
 from dsv4.core.kv_layout import DEFAULT_PAGE_TOKENS
 from dsv4.core.numbers import is_integer
+from dsv4.kernels.common.cuda import why_not
 from dsv4.layers.batch import Batch
 from dsv4.layers.indexer import IndexerForm
 from dsv4.layers.rope import RopeTables
@@ -111,6 +113,13 @@ def usable_device(device: torch.device | str) -> torch.device:
     return torch.device("cuda", current)
 
 
+def warn_of_slow_kernels(device: torch.device) -> None:
+    """A RuntimeWarning where Triton stands in for kernels that are made for the device."""
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if is_hopper and (reason := why_not()):
+        warn(f"tier 2 runs without its CUDA C++ kernels, slower: {reason}", RuntimeWarning, 3)
+
+
 class ProductionModel:
     """DeepSeek-V4 on quantised weights and a paged cache.
 
@@ -129,6 +138,7 @@ class ProductionModel:
     ) -> None:  # fmt: skip
         limits, form = limits or EngineLimits(), form or IndexerForm()
         self.config, self.device = config, usable_device(device)
+        warn_of_slow_kernels(self.device)
         self.limits, self.max_context = limits, limits.context(config)
         if limits.max_rows < limits.max_requests:
             expected = f"max_requests {limits.max_requests} or more"

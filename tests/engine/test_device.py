@@ -1,10 +1,13 @@
 """Which devices tier 2 takes."""
 
+import warnings
+
 import pytest
 import torch
 
 from dsv4.core.errors import DeviceUnavailable
-from dsv4.engine.model import usable_device
+from dsv4.engine import model
+from dsv4.engine.model import usable_device, warn_of_slow_kernels
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, current: int, capability: tuple[int, int]) -> None:
@@ -31,5 +34,25 @@ def test_others_are_refused(
     monkeypatch: pytest.MonkeyPatch, device: str, capability: tuple[int, int], message: str
 ) -> None:
     on_a_gpu(monkeypatch, 1, capability)
-    with pytest.raises(DeviceUnavailable, match=message):
+    with pytest.raises(DeviceUnavailable, match=message) as caught:
         usable_device(device)
+    assert caught.value.__notes__ == [f"-> {caught.value.fix}"]
+
+
+def test_missing_cuda_kernels_are_told_where_they_would_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model, "why_not", lambda: "needs NVRTC")
+    on_a_gpu(monkeypatch, 0, (9, 0))
+    with pytest.warns(
+        RuntimeWarning, match="slower: needs NVRTC"
+    ):
+        warn_of_slow_kernels(torch.device("cuda", 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_slow_kernels(torch.device("cpu"))
+        on_a_gpu(monkeypatch, 0, (10, 0))
+        warn_of_slow_kernels(torch.device("cuda", 0))
+        on_a_gpu(monkeypatch, 0, (9, 0))
+        monkeypatch.setattr(model, "why_not", lambda: None)
+        warn_of_slow_kernels(torch.device("cuda", 0))
