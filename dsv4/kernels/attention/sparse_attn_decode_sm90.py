@@ -176,9 +176,11 @@ def run(
     )  # fmt: skip
     kernel = load(source(out.scale is not None, split), q.device, CONFIG["shared_bytes"])
     programs = shape.T * -(-shape.H // HEADS) * parts * max(split, 1)
-    # A block goes on to another program, unless it is one of a cluster.
+    # A block goes on to another program where all are of one size. Of several groups of tiles the
+    # last is smaller: SMs take those as they become free.
+    goes_on = not split and 1 in (each, parts)
     kernel.launch(
-        programs if split else min(programs, kernel.num_sms), CONFIG["threads"], params,
+        min(programs, kernel.num_sms) if goes_on else programs, CONFIG["threads"], params,
         overlaps=True, cluster=parts if split else 1,
     )  # fmt: skip
 
