@@ -192,26 +192,13 @@ __device__ __forceinline__ void streams_of(
 __device__ __forceinline__ void store_sums(
     TeamShared &s, const Args &a, const Walk &walk, float (&sum)[NB][4], const float (&squares)[2],
     int n) {
-  const int thread = threadIdx.x % TEAM, warp = thread >> 5;
-  const int g = (thread & 31) >> 2, q = thread & 3;
-  float *red = s.red + (warp * TILE + g) * RED_STRIDE;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const float squared = quad_sum(squares[h]);
-    if (q == 0) red[h * 8 * RED_STRIDE + ROWS] = squared;
-#pragma unroll
-    for (int b = 0; b < NB; b++)
-      if (ROWS == 24 || q < ROWS / 2)
-        *(float2 *)(red + h * 8 * RED_STRIDE + b * 8 + 2 * q) =
-            make_float2(sum[b][2 * h], sum[b][2 * h + 1]);
-  }
+  const int thread = threadIdx.x % TEAM;
+  leave_sums(s.red, thread >> 5, sum, squares);
   team_sync(walk.team);
   for (int i = thread; i < TILE * COLS; i += TEAM) {
     const int token = i / COLS, column = i % COLS;
     const long long t = (long long)walk.tile(n) * TILE + token;
-    float v = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) v += s.red[(w * TILE + token) * RED_STRIDE + column];
+    const float v = sum_of_warps(s.red, token, column);
     if (t < a.T) a.partial[(t * CTAS + walk.rank) * COLS + column] = v;
   }
 }
