@@ -44,9 +44,7 @@ def test_missing_cuda_kernels_are_told_where_they_would_run(
 ) -> None:
     monkeypatch.setattr(model, "why_not", lambda: "needs NVRTC")
     on_a_gpu(monkeypatch, 0, (9, 0))
-    with pytest.warns(
-        RuntimeWarning, match="slower: needs NVRTC"
-    ):
+    with pytest.warns(RuntimeWarning, match="slower: needs NVRTC"):
         warn_of_slow_kernels(torch.device("cuda", 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
