@@ -353,7 +353,9 @@ def test_max_context(dsv4, tiny):
     code, _, err = dsv4("generate", tiny, "-p", PROMPT, "--max-context", "5")
     assert code == 2
     assert "prompt: expected 1 to 5 tokens, got 6" in err
-    report = json.loads(dsv4("generate", tiny, "-p", PROMPT, "--max-context", "9", "--json")[1])
+    _, out, err = dsv4("generate", tiny, "-p", PROMPT, "--max-context", "9", "--json")
+    report = json.loads(out)
+    assert "the context of 9 tokens is full: --max-context" in err
     assert (len(report["ids"]), report["finish_reason"]) == (3, "length")
     report = json.loads(dsv4("generate", tiny, "-p", PROMPT, "--max-context", "6", "--json")[1])
     assert (report["ids"], report["finish_reason"]) == ([], "length")
