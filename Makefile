@@ -7,8 +7,16 @@ TORCH_CPU := torch==2.13.0
 # The oldest that extra `cuda` allows: what it compiles, newer ones do. With a GPU torch has its own.
 OLDEST_NVRTC := nvidia-cuda-nvrtc==13.0.*
 HAS_GPU = command -v nvidia-smi >/dev/null 2>&1
-# What the targets for a GPU run: PYTHON if it is given, else this folder's environment if it is there.
-GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
+# What the targets for a GPU run: this folder's environment if it is there.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+define needs_gpu
+@$(GPU_PYTHON) -c "import pytest, torch; torch.zeros(1, device='cuda')" >/dev/null 2>build-gpu.log || \
+  { tail -n 1 build-gpu.log >&2; rm -f build-gpu.log; \
+    echo "$(GPU_PYTHON) needs a CUDA device, torch with CUDA and pytest: make .venv/.ready-dev (make clean" \
+      "before, where .venv was made without a driver), GPU_PYTHON=one that has them, or HOST=user@box" >&2; \
+    exit 1; }
+@rm -f build-gpu.log
+endef
 # On shared cores more threads are often slower than one.
 export OMP_NUM_THREADS ?= 1
 
@@ -63,14 +71,13 @@ gpu:
 	  $${ATTACH:+--attach="$$ATTACH"} -- "$$HOST"
 else
 gpu:
-	@$(GPU_PYTHON) -c "import pytest, torch; assert torch.cuda.is_available()" 2>/dev/null || \
-	  { echo "needs a CUDA device, torch and pytest for $(GPU_PYTHON): make .venv/.ready-dev, or" \
-	    "PYTHON=one that has them, or HOST=user@box" >&2; exit 1; }
+	$(needs_gpu)
 	$(GPU_PYTHON) -m pytest -m gpu tests
 endif
 
 # Every kernel under compute-sanitizer, about five minutes; the environment of `make gpu`.
 sanitize:
+	$(needs_gpu)
 	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize.py
 
 # Every kernel on a CUDA device, in an environment that has torch: rows into build/rows.jsonl, from
@@ -78,6 +85,7 @@ sanitize:
 # times nothing, compiles; FLAGS="--shard 1/2" is half of the rows.
 FAMILIES ?= cache embedding norm quant mhc router sampling linear moe attention indexer step
 bench-gpu:
+	$(needs_gpu)
 	@mkdir -p build; failed=""; \
 	for family in $(FAMILIES); do \
 	  $(GPU_PYTHON) -m benchmarks.kernels.bench_$$family --json build/rows.jsonl $(FLAGS) \

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import dsv4.kernels
+from dsv4.kernels.common.cuda import nvrtc_version
 from dsv4.testing.cases import aot_calls
 
 
@@ -95,6 +96,7 @@ def main() -> int:
     results = [compile_call(n, a, flags.arch) for n, a in aot_calls().items() if flags.only in n]
     cuda = [m for group in found.values() for m in group if hasattr(m, "sources")]
     if 90 in flags.arch:
+        print("NVRTC", ".".join(str(n) for n in nvrtc_version()))
         results += [compile_cuda(m) for m in cuda if flags.only in m.SPEC.name]
     for name, line, wrong in chain.from_iterable(results):
         print(line, flush=True)

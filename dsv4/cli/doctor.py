@@ -48,6 +48,8 @@ def examine() -> dict[str, Any]:
     problems += torch_facts.get("problems", [])
     gpus = torch_facts.get("gpus", [])
     checks = {} if problems else _checks(packages) | {"kernels": _kernels(packages, gpus)}
+    if checks and gpus:
+        checks["cuda c++"] = _cuda_kernels()
     tiers = []
     if not problems and checks["reference"] == "ok":
         tiers.append(1)
@@ -105,6 +107,15 @@ def _checks(packages: dict[str, str | None]) -> dict[str, str]:
         _try(_import_transformers) if packages["transformers"] else "not installed"
     )
     return checks
+
+
+def _cuda_kernels() -> str:
+    """Whether CUDA C++ kernels can be compiled; Triton stands in where they cannot."""
+    try:
+        from dsv4.kernels.common.cuda import why_not
+    except ImportError as error:
+        return str(error)
+    return why_not() or "ok"
 
 
 def _kernels(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> str:

@@ -27,20 +27,9 @@ def printable(text: object, limit: int = 120) -> str:
 
 
 class Dsv4Error(Exception):
-    """Base of every error a caller can cause. `fix`, in a traceback too, says what to do."""
+    """Base of every error a caller can cause. `fix` says what to do about it."""
 
-    _fix = ""
-
-    @property
-    def fix(self) -> str:
-        """The way out, or "" where the message has it."""
-        return self._fix
-
-    @fix.setter
-    def fix(self, text: str) -> None:
-        self._fix = text
-        if text:
-            self.add_note(f"-> {text}")
+    fix: str = ""
 
 
 class ConfigError(Dsv4Error, ValueError):
@@ -117,6 +106,7 @@ class DeviceUnavailable(Dsv4Error):
         super().__init__(f"device {device}: {reason}")
         self.device = device
         self.fix = fix or "use --device cpu; `dsv4 doctor` lists the GPUs that torch can use"
+        self.add_note(f"-> {self.fix}")  # Python users see no command line, which prints `fix`
 
 
 class KernelUnavailable(Dsv4Error, NotImplementedError):

@@ -8,7 +8,7 @@ from dsv4.core.dispatch import select
 from dsv4.core.op import dsv4_op
 from dsv4.kernels import mhc as kernels
 
-# Best first. All but the last of each take BF16 streams of some widths; see `_kernel`.
+# Best first. All but the last of each take BF16 streams of some widths and numbers of tokens.
 MHC_POST_PRE = (
     kernels.mhc_post_pre_many_sm90,
     kernels.mhc_post_pre_sm90,
@@ -21,7 +21,7 @@ HC_HEAD_NORM = (kernels.hc_head_norm_sm90, kernels.hc_head_norm)
 
 
 def _kernel(modules: tuple[ModuleType, ...], x: Tensor) -> ModuleType:
-    """The first whose dtype, width and device fit."""
+    """The first that dtype, width, number of tokens and device fit."""
     *wide, portable = modules
     fitting = [m for m in wide if x.dim() == 3 and m.why_not(x) is None]
     found = (*fitting, portable)

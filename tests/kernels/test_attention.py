@@ -311,6 +311,17 @@ def test_clusters_that_fit(programs: int, tiles: int, want: tuple[int, int, int]
     assert decode_sm90.plan_clusters(programs, tiles, RESIDENT.__getitem__) == want
 
 
+@pytest.mark.parametrize(
+    ("programs", "each", "parts", "split", "want"),
+    [
+        (130, 1, 10, 0, 130), (160, 1, 10, 0, 132), (439, 10, 1, 0, 132), (439, 32, 1, 0, 132),
+        (320, 32, 5, 0, 320), (100, 32, 5, 0, 100), (240, 1, 10, 4, 240),
+    ],
+)  # fmt: skip
+def test_which_blocks_go_on(programs: int, each: int, parts: int, split: int, want: int) -> None:
+    assert decode_sm90.num_blocks(programs, 132, each, parts, split) == want
+
+
 def test_without_splits_there_are_no_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     """How the tests with a GPU choose the other way."""
     monkeypatch.setattr(decode_sm90, "SPLITS", {})

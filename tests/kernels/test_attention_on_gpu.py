@@ -245,7 +245,7 @@ def test_blocks_that_go_on_give_the_same_bits(
 ) -> None:
     """More programs than SMs, of all lengths; some tokens have no keys.
 
-    few  below that many groups of tiles a program of decode has one tile: always or never
+    few  below that many groups of tiles a program of decode has one tile: never or always
     """
     monkeypatch.setattr(decode_kernel, "FEW_PROGRAMS", few)
     requests = ((3000, 150), (100, 80), (0, 200))
@@ -268,6 +268,19 @@ def test_blocks_that_go_on_give_the_same_bits(
     assert want.isfinite().all()
     for _ in range(5):
         assert_bits_equal("going on", result(), want)
+
+
+@pytest.mark.skipif(not is_hopper, reason="such blocks are of the kernel for Hopper")
+def test_more_groups_of_tiles_than_sms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """38 tiles a token, 32 and 6 of them in a program, or one in each."""
+    requests = ((128 * 2300 - 1, 1),) * 70
+    args = AttentionCase(requests, 128, 512, 128, padding=1, **ATTENTION_KINDS["hca"]).args("cuda")
+    found = []
+    for few in (0, 1 << 30):
+        monkeypatch.setattr(decode_kernel, "FEW_PROGRAMS", few)
+        found.append(ops.sparse_attn_decode(**args))
+    assert found[0].isfinite().all()
+    assert_bits_equal("one tile in each", found[1], found[0])
 
 
 @pytest.mark.parametrize("H", [16, 64])

@@ -341,7 +341,7 @@ def test_a_source_holds_what_stands_before_it(
     """And a change of that makes another cubin."""
     texts: list[bytes] = []
     monkeypatch.setattr(cuda, "why_not", lambda: None)
-    monkeypatch.setattr(cuda, "_nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(cuda, "nvrtc_version", lambda: (13, 0))
     monkeypatch.setattr(cuda, "_cache_folder", lambda: tmp_path / "cubin")
     monkeypatch.setattr(cuda, "_compile", lambda text, *args: texts.append(text) or text)
     shared, own = tmp_path / "shared.cu", tmp_path / "own.cu"
@@ -352,3 +352,19 @@ def test_a_source_holds_what_stands_before_it(
     assert texts == [b'#line 1 "shared.cu"\nint a;\n#line 1 "own.cu"\nint b;\n']
     shared.write_text("int c;\n")
     assert b"int c" in source.compile("sm_90a")
+
+
+def test_a_missing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bindings are there without the library: they look for it at the first call."""
+
+    def absent() -> tuple[int, int]:
+        raise RuntimeError("libnvrtc is not there")
+
+    assert cuda.why_not.__wrapped__() is None
+    monkeypatch.setattr(cuda, "nvrtc_version", absent)
+    assert "NVRTC (RuntimeError)" in (cuda.why_not.__wrapped__() or "")
+    monkeypatch.setattr(cuda, "nvrtc", None)
+    reason = cuda.why_not.__wrapped__()
+    assert reason is not None
+    assert reason.startswith("needs cuda-bindings: ")
+    assert "[cuda]" in reason

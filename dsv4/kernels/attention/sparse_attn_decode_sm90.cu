@@ -33,7 +33,7 @@ static_assert(MAX_EACH * SUMS_BYTES <= STATS_AT, "sums lie over queries and the 
 // either half, so what they say of halves (attend_tile) would not do.
 static_assert(MAX_EACH <= STAGES && AHEAD >= 16, "sizes of a cluster");
 
-struct Params {  // as in Python
+struct Params {  // as in Python, whose size is PARAMS_BYTES
     const u8 *q, *step, *window, *pages;
     const int* table;
     const int* entries;
@@ -45,6 +45,7 @@ struct Params {  // as in Python
     int T, H, K, max_pages, tiles_each, parts, rows, page_rows, ratio, entry_words, page_magic;
     int is_rotated;
 };
+static_assert(sizeof(Params) == PARAMS_BYTES, "what the host sends");
 
 struct Query {  // what a program does: tiles first .. end - 1 of the token's
     i64 t, slot;
@@ -855,7 +856,7 @@ __device__ __forceinline__ Query program_at(const Params& p, int index) {
     return query;
 }
 
-// Asked for first: what is known of the token only says whether it counts.
+// Asked for first by a block's first program: what is known of the token only says whether it counts.
 __device__ __forceinline__ void list_first(const Params& p, const Query& query, int (&early)[2]) {
     int row = threadIdx.x % 256 / 4;
     early[0] = listed(p, query, query.first, row);
@@ -910,7 +911,7 @@ __device__ __forceinline__ void consume_and_combine(
     cluster_sync();  // none leaves before all have read
 }
 
-// Programs at gridDim.x from each other. All of a token are looked up, and queries fetched, while the
+// Programs at gridDim.x from each other. The next token is looked up, and its queries fetched, while the
 // results before leave; the producers are ahead by as many tiles as there are buffers.
 __device__ __forceinline__ void consume(
     const Params& p, Query query, u8* smem, u32 full, u32 empty) {
@@ -958,8 +959,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) sparse_attn_sm90_kernel(
     int early[2];
     list_first(p, query, early);
     look_up(p, query);
-    bool is_only = blockIdx.x + gridDim.x >= num_programs(p);
-    if (!SPLIT && p.parts > 1 && is_only && query.first >= query.num_tiles) return;
+    bool is_last = blockIdx.x + gridDim.x >= num_programs(p);
+    if (!SPLIT && p.parts > 1 && is_last && query.first >= query.num_tiles) return;
 
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");

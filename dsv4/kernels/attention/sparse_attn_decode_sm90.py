@@ -61,8 +61,8 @@ class Params(ctypes.Structure):
 @cache
 def source(is_fp8: bool, split: int = 0) -> Source:
     """The device function for a result in BF16 or in FP8; split: clusters that share the dims."""
-    path = Path(__file__).with_suffix(".cu")
-    return Source.of(path, "sparse_attn_sm90_kernel", {"FP8": int(is_fp8), "SPLIT": split})
+    defines = {"FP8": int(is_fp8), "SPLIT": split, "PARAMS_BYTES": ctypes.sizeof(Params)}
+    return Source.of(Path(__file__).with_suffix(".cu"), "sparse_attn_sm90_kernel", defines)
 
 
 sparse_attn_decode_kernel = source(False)
@@ -176,13 +176,20 @@ def run(
     )  # fmt: skip
     kernel = load(source(out.scale is not None, split), q.device, CONFIG["shared_bytes"])
     programs = shape.T * -(-shape.H // HEADS) * parts * max(split, 1)
-    # A block goes on to another program where all are of one size. Of several groups of tiles the
-    # last is smaller: SMs take those as they become free.
-    goes_on = not split and 1 in (each, parts)
     kernel.launch(
-        min(programs, kernel.num_sms) if goes_on else programs, CONFIG["threads"], params,
+        num_blocks(programs, kernel.num_sms, each, parts, split), CONFIG["threads"], params,
         overlaps=True, cluster=parts if split else 1,
     )  # fmt: skip
+
+
+def num_blocks(programs: int, num_sms: int, each: int, parts: int, split: int) -> int:
+    """How many blocks run `programs` of `each` tiles, `parts` of them for a token.
+
+    A block goes on to another program where all have one tile, or all tiles of a token. Of several
+    groups of tiles the last is smaller: SMs take those as they become free.
+    """
+    goes_on = not split and 1 in (each, parts)
+    return min(programs, num_sms) if goes_on else programs
 
 
 SPEC = KernelSpec("sparse_attn_decode/sm90", launch, arch=(9,), requires=why_not)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.core.errors import KernelUnavailable
+from dsv4.core.errors import KernelUnavailable, install_hint
 
 try:
     from cuda.bindings import driver, nvrtc
@@ -28,9 +28,16 @@ except ImportError:  # `why_not` says so
 ARENA_INTS = 1 << 20
 
 
+@cache
 def why_not() -> str | None:
     """Why no CUDA C++ kernel can be compiled here, or None."""
-    return None if nvrtc else "needs cuda-bindings and NVRTC: pip install 'dsv4-inference[cuda]'"
+    missing = "cuda-bindings" if nvrtc is None else ""
+    if nvrtc is not None:
+        try:
+            nvrtc_version()
+        except RuntimeError as error:  # the bindings load the library at the first call
+            missing = f"NVRTC ({type(error).__name__})"
+    return f"needs {missing}: {install_hint('cuda')}" if missing else None
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Source:
         text = b"".join(b'#line 1 "%s"\n' % f.name.encode() + f.read_bytes() for f in files)
         options = [f"--gpu-architecture={arch}", "--std=c++17", "--fmad=true"]
         options += [f"-D{key}={value}" for key, value in self.defines]
-        stamp = b"\0".join([text, *(o.encode() for o in options), repr(_nvrtc_version()).encode()])
+        stamp = b"\0".join([text, *(o.encode() for o in options), repr(nvrtc_version()).encode()])
         kept = _cache_folder() / f"{self.name}-{hashlib.sha256(stamp).hexdigest()[:24]}.cubin"
         if kept.is_file():
             return kept.read_bytes()
@@ -236,7 +243,8 @@ def driver_call(name: str, *args: Any) -> Any:
 
 
 @cache
-def _nvrtc_version() -> tuple[int, int]:
+def nvrtc_version() -> tuple[int, int]:
+    """Of the library that is found."""
     _, major, minor = nvrtc.nvrtcVersion()
     return major, minor
 

@@ -1,7 +1,7 @@
-// mHC for many tokens: 16 blocks share tiles of 16 tokens, and never wait for the tile at hand.
+// mHC for many tokens: 16 blocks share tiles of 16 tokens, and do not wait for the tile at hand.
 //
 // Rank r of a group of 16 blocks keeps its sixteenth of the columns of fn in shared memory. A team of
-// its warps, one for every 32 of those columns, walks tiles with the teams of its number in the group:
+// its warps, one for every 32 of those columns, and the same team of the group's other blocks walk tiles:
 //   mix     tile i: streams, stored (POST); products and squares: 25 sums for each token and rank
 //   finish  token r of tile i - LAG, whose sums of all ranks have come meanwhile: adds them up,
 //           collapses its streams, read again from L2, norm, store
@@ -10,11 +10,13 @@
 //
 // Order between blocks. What a team has stored of its n-th tile is behind a barrier of the team when
 // one thread stores n + 1, with release, to the team's flag of its rank; warps that want it load the
-// flags of all ranks, with acquire, until they say so. Flags are zero before and after: the last of the 16
-// teams to be done with waiting clears them.
+// flags of all ranks, with acquire, until they say so. Flags are zero before and after: of the 16 teams
+// the last that needs to wait no more clears them.
 //
-// Teams of a group wait for each other, so its 16 blocks, which are started one after the other, must
-// be resident at once. Blocks of other groups and of other launches need not be.
+// Teams of a group wait for each other, so its 16 blocks must be resident at once. Blocks start in their
+// order and those in front end by themselves, so they come to be, unless what holds the other SMs waits
+// too: a launch may have 15 blocks that wait. So not beside, on another stream, a kernel whose whole
+// grid waits for itself, nor eight more launches of this one.
 //
 // Order in a team. Three barriers a tile: (1) coefficients have come, and what the tile before has left
 // in shared memory has been read; (2) sums of all warps are there; (3) squares of y are there, all
@@ -29,7 +31,7 @@ constexpr int TEAMS = IN_PARTS ? 16 / WARPS : 1;
 constexpr int TEAM = 32 * WARPS, THREADS = TEAMS * TEAM;
 constexpr int SLOTS = D / 8 / TEAM;  // of 8 columns for each thread of the team that has a token
 constexpr int COEFS = N + N * N;
-constexpr int FLAGS = 32;  // of 16 teams: one for each rank, and how many are done with waiting
+constexpr int FLAGS = 32;  // of 16 teams: one for each rank, how many wait no more; a line in all
 constexpr int FN_BYTES = IN_PARTS ? WARPS * STEPS * NB * 768 : ROWS * FN_STRIDE * 4;
 static_assert(LAG >= 1 && SLOTS == 2 && TEAMS <= 15, "sizes");
 
