@@ -1,5 +1,5 @@
-// What the mHC kernels of Hopper share: one text, compiled in front of each (mhc_cluster.cu, mhc_many.cu
-// and mhc/mhc_post_pre_few_sm90.cu), so that a token has the same bits in all.
+// What the mHC kernels of Hopper share: one text, compiled in front of each (mhc_cluster.cu and
+// mhc/mhc_post_pre_{few,many}_sm90.cu), so that a token has the same bits in all.
 //
 // Constants: D a multiple of 1024, ROWS 24 (or 4: the head), POST.
 
