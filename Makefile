@@ -10,12 +10,10 @@ HAS_GPU = command -v nvidia-smi >/dev/null 2>&1
 # What the targets for a GPU run: this folder's environment if it is there.
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 define needs_gpu
-@$(GPU_PYTHON) -c "import pytest, torch; torch.zeros(1, device='cuda')" >/dev/null 2>build-gpu.log || \
-  { tail -n 1 build-gpu.log >&2; rm -f build-gpu.log; \
-    echo "$(GPU_PYTHON) needs a CUDA device, torch with CUDA and pytest: make .venv/.ready-dev (make clean" \
-      "before, where .venv was made without a driver), GPU_PYTHON=one that has them, or HOST=user@box" >&2; \
-    exit 1; }
-@rm -f build-gpu.log
+@error=$$($(GPU_PYTHON) -c "import torch; torch.zeros(1, device='cuda'); $(1)" 2>&1 >/dev/null) || \
+  { echo "$$error" | tail -n 1 >&2; \
+    echo "$(GPU_PYTHON) needs a CUDA device and torch with CUDA: make .venv/.ready-dev (make clean" \
+      "before, where .venv was made without a driver), or GPU_PYTHON=one that has them$(2)" >&2; exit 1; }
 endef
 # On shared cores more threads are often slower than one.
 export OMP_NUM_THREADS ?= 1
@@ -71,13 +69,13 @@ gpu:
 	  $${ATTACH:+--attach="$$ATTACH"} -- "$$HOST"
 else
 gpu:
-	$(needs_gpu)
+	$(call needs_gpu,import pytest,; pytest too. Elsewhere: HOST=user@box)
 	$(GPU_PYTHON) -m pytest -m gpu tests
 endif
 
 # Every kernel under compute-sanitizer, about five minutes; the environment of `make gpu`.
 sanitize:
-	$(needs_gpu)
+	$(call needs_gpu)
 	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize.py
 
 # Every kernel on a CUDA device, in an environment that has torch: rows into build/rows.jsonl, from
@@ -85,7 +83,7 @@ sanitize:
 # times nothing, compiles; FLAGS="--shard 1/2" is half of the rows.
 FAMILIES ?= cache embedding norm quant mhc router sampling linear moe attention indexer step
 bench-gpu:
-	$(needs_gpu)
+	$(call needs_gpu)
 	@mkdir -p build; failed=""; \
 	for family in $(FAMILIES); do \
 	  $(GPU_PYTHON) -m benchmarks.kernels.bench_$$family --json build/rows.jsonl $(FLAGS) \

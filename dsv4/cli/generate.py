@@ -91,7 +91,8 @@ def run(args: Namespace, terminal: Terminal) -> int:
     else:
         terminal.data("")
     if len(ids) + len(out_ids) >= limit:
-        terminal.note(f"the context of {limit:,} tokens is full: --max-context allows more")
+        fix = shorten("prompt", limit, config)
+        terminal.note(f"the context of {limit:,} tokens is full: {fix}")
     terminal.note(f"load {loaded.load_s:.2f} s | {session.stats.line()} | peak {gib(peak)} | "
                   f"tier {args.tier} {args.dtype}")  # fmt: skip
     return _verdict(args, terminal, session, text, view.text)

@@ -355,7 +355,7 @@ def test_max_context(dsv4, tiny):
     assert "prompt: expected 1 to 5 tokens, got 6" in err
     _, out, err = dsv4("generate", tiny, "-p", PROMPT, "--max-context", "9", "--json")
     report = json.loads(out)
-    assert "the context of 9 tokens is full: --max-context" in err
+    assert "the context of 9 tokens is full: shorten the prompt, or raise --max-context\n" in err
     assert (len(report["ids"]), report["finish_reason"]) == (3, "length")
     report = json.loads(dsv4("generate", tiny, "-p", PROMPT, "--max-context", "6", "--json")[1])
     assert (report["ids"], report["finish_reason"]) == ([], "length")

@@ -204,7 +204,10 @@ def test_doctor_knows_where_kernels_run(dsv4, monkeypatch, interpreted, arch, ti
     facts = {"version_tuple": (9, 0), "gpus": gpus}
     monkeypatch.setattr(doctor, "_torch", lambda: facts)
     monkeypatch.setattr(launch, "INTERPRETED", interpreted)
-    assert json.loads(dsv4("doctor", "--json")[1])["tiers"] == tiers
+    monkeypatch.setattr("dsv4.kernels.common.cuda.why_not", lambda: "needs NVRTC")
+    report = json.loads(dsv4("doctor", "--json")[1])
+    assert report["tiers"] == tiers
+    assert report["checks"].get("cuda c++") == ("needs NVRTC" if arch else None)
     assert dsv4("doctor")[1].splitlines()[-1] == f"verdict  {verdict}"
 
 
