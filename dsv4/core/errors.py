@@ -27,18 +27,27 @@ def printable(text: object, limit: int = 120) -> str:
 
 
 class Dsv4Error(Exception):
-    """Base of every error a caller can cause. `fix` says what to do about it."""
+    """Base of every error a caller can cause. `fix` says what to do about it.
+
+    A traceback shows `fix` below the message; the command line prints it on a line of its own.
+    """
 
     fix: str = ""
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message)
+        self.fix = fix
+        if fix:
+            self.add_note(f"-> {fix}")
 
 
 class ConfigError(Dsv4Error, ValueError):
     """A field of config.json, or of a ModelConfig, that cannot be."""
 
     def __init__(self, field: str, expected: str, got: object, fix: str = "") -> None:
-        super().__init__(f"config field {field!r}: expected {expected}, got {shown(got)}")
+        message = f"config field {field!r}: expected {expected}, got {shown(got)}"
+        super().__init__(message, fix or "correct config.json, or fetch it again")
         self.field, self.expected, self.got = field, expected, got
-        self.fix = fix or "correct config.json, or fetch it again"
 
 
 @dataclass(frozen=True)
@@ -84,29 +93,28 @@ class CheckpointError(Dsv4Error):
         if len(problems) > shown:
             more = len(problems) - shown
             lines.append(f"... and {more} more problem" + ("" if more == 1 else "s"))
-        Exception.__init__(self, "\n".join(lines))
+        Dsv4Error.__init__(self, "\n".join(lines), first.fix)
         self.problems = problems
         self.kind, self.file, self.tensor = first.kind, first.file, first.tensor
-        self.detail, self.fix = first.detail, first.fix
+        self.detail = first.detail
 
 
 class CapacityError(Dsv4Error):
     """Not enough memory, pages or slots: names what is needed and what is free."""
 
     def __init__(self, what: str, needed: int, free: int, fix: str = "") -> None:
-        super().__init__(f"{what}: needed {needed:,}, free {free:,}")
+        fix = fix or "shorten the context, lower the batch, or use a larger device"
+        super().__init__(f"{what}: needed {needed:,}, free {free:,}", fix)
         self.what, self.needed, self.free = what, needed, free
-        self.fix = fix or "shorten the context, lower the batch, or use a larger device"
 
 
 class DeviceUnavailable(Dsv4Error):
     """A device that this machine does not have, or that this torch cannot use."""
 
     def __init__(self, device: str, reason: str, fix: str = "") -> None:
-        super().__init__(f"device {device}: {reason}")
+        fix = fix or "use --device cpu; `dsv4 doctor` lists the GPUs that torch can use"
+        super().__init__(f"device {device}: {reason}", fix)
         self.device = device
-        self.fix = fix or "use --device cpu; `dsv4 doctor` lists the GPUs that torch can use"
-        self.add_note(f"-> {self.fix}")  # Python users see no command line, which prints `fix`
 
 
 class KernelUnavailable(Dsv4Error, NotImplementedError):
@@ -118,9 +126,8 @@ class RequestError(Dsv4Error, ValueError):
 
     def __init__(self, argument: str, expected: str, got: object, fix: str = "") -> None:
         came = got if isinstance(got, Told) else f"got {shown(got)}"
-        super().__init__(f"{argument}: expected {expected}, {came}")
+        super().__init__(f"{argument}: expected {expected}, {came}", fix)
         self.argument, self.expected, self.got = argument, expected, got
-        self.fix = fix
 
 
 def install_hint(extra: str) -> str:
@@ -135,5 +142,5 @@ class MissingExtra(Dsv4Error, ImportError):
     """An optional dependency that is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed; it comes with the extra '{extra}'")
-        self.fix = install_hint(extra)
+        message = f"{package} is not installed; it comes with the extra '{extra}'"
+        super().__init__(message, install_hint(extra))
