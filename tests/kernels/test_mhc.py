@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels import mhc as kernels
-from dsv4.kernels.common import cuda, mhc_many
+from dsv4.kernels.common import cuda
 from dsv4.ops import mhc as ops
 from dsv4.reference import mhc as oracle
 from dsv4.reference.quant import fp8_act_quantize
@@ -292,7 +292,7 @@ def test_many_tokens_refuse_few_by_name() -> None:
 @pytest.mark.parametrize("D", range(1024, 7169, 1024))
 def test_memory_of_a_block_for_many_tokens(D: int) -> None:
     """What an SM has: 227 KB for a block; 16 warps of 128 registers, four on each of its parts."""
-    teams, threads, num_bytes = mhc_many.plan(D, 24)
+    teams, threads, num_bytes = kernels.mhc_post_pre_many_sm90.plan(D)
     assert num_bytes <= 227 * 1024
     assert threads == teams * D // 16
     assert threads <= 512

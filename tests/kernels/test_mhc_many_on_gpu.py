@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.kernels.common import cuda, mhc_many
+from dsv4.kernels.common import cuda
 from dsv4.kernels.mhc import mhc_post_pre_many_sm90 as many
 from dsv4.kernels.mhc import mhc_post_pre_sm90 as cluster
 from dsv4.testing.cases.mhc import mhc_case
@@ -81,7 +81,7 @@ def test_extreme_streams_and_gains(size: float, iters: int) -> None:
 def test_tokens_that_are_finished_later(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
     args = case(2000, 4096, 41)
     want = run(cluster, args)
-    monkeypatch.setitem(mhc_many.CONFIG, "LAG", lag)
+    monkeypatch.setitem(many.CONFIG, "LAG", lag)
     assert_same(run(many, args), want)
 
 

@@ -124,26 +124,12 @@ __device__ __forceinline__ void load_tile(Raw &raw, const Args &a, int tile, int
 // Sums over the block's warps, each to the block that owns the token.
 __device__ __forceinline__ void send_partials(
     Shared &s, float (&sum)[NB][4], const float (&squares)[2], int p, u32 rank) {
-  const int warp = threadIdx.x >> 5, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
-  float *red = s.red + (warp * TILE + g) * RED_STRIDE;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const float squared = quad_sum(squares[h]);
-    if (q == 0) red[h * 8 * RED_STRIDE + ROWS] = squared;
-#pragma unroll
-    for (int b = 0; b < NB; b++)
-      if (ROWS == 24 || q < ROWS / 2)
-        *(float2 *)(red + h * 8 * RED_STRIDE + b * 8 + 2 * q) =
-            make_float2(sum[b][2 * h], sum[b][2 * h + 1]);
-  }
+  leave_sums(s.red, threadIdx.x >> 5, sum, squares);
   compute_sync();
   for (int i = threadIdx.x; i < TILE * COLS; i += COMPUTE) {
     const int token = i / COLS, column = i % COLS;
-    float v = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) v += s.red[(w * TILE + token) * RED_STRIDE + column];
     send(remote(address(&s.part[p][rank][column]), token),
-         remote(address(&s.part_bar[p]), token), v);
+         remote(address(&s.part_bar[p]), token), sum_of_warps(s.red, token, column));
   }
 }
 

@@ -45,6 +45,7 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
+@cache
 def source(
     name: str, D: int, rows: int, post: bool, quantise: bool, norm_bf16: bool
 ) -> cuda.Source:
@@ -76,36 +77,10 @@ def start(
     check_aligned(16, **{key: tensors[key] for key in vectors if key in tensors})
     T, _, D = x.shape
     is_bf16 = tensors["norm"].dtype is torch.bfloat16
+    threads, num_bytes = plan(D, rows, quantise)
     text = source(name, D, rows, "o" in tensors, quantise, is_bf16)
-    launcher = _launcher(text, x.device, *plan(D, rows, quantise))
+    kernel = cuda.load(text, x.device, num_bytes)
+    clusters = min(-(-T // TILE), kernel.resident_clusters(threads, CTAS))
     pointers = {key: t.data_ptr() for key, t in tensors.items()}
-    launcher(Args(**pointers, T=T, iters=iters, norm_eps=norm_eps, eps=eps))
-
-
-@cache
-def _launcher(text: cuda.Source, device: torch.device, threads: int, num_bytes: int) -> Any:
-    kernel, driver = cuda.load(text, device, num_bytes), cuda.driver
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-    cuda.driver_call("cuFuncSetAttribute", kernel.function, attribute, 1)
-    ids = driver.CUlaunchAttributeID
-    cluster, overlap = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
-    cluster.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    dims = cluster.value.clusterDim
-    dims.x, dims.y, dims.z = CTAS, 1, 1
-    overlap.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    overlap.value.programmaticStreamSerializationAllowed = 1
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = CTAS, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = num_bytes
-    config.attrs, config.numAttrs = [cluster, overlap], 2
-    clusters = cuda.driver_call("cuOccupancyMaxActiveClusters", kernel.function, config)
-
-    def launch(args: Args) -> None:
-        tiles = -(-args.T // TILE)
-        config.gridDimX = CTAS * min(tiles, clusters)
-        config.hStream = torch.cuda.current_stream(device).cuda_stream
-        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        cuda.driver_call("cuLaunchKernelEx", config, kernel.function, ctypes.addressof(pointer), 0)
-
-    return launch
+    args = Args(**pointers, T=T, iters=iters, norm_eps=norm_eps, eps=eps)
+    kernel.launch(CTAS * clusters, threads, args, overlaps=True, cluster=CTAS)

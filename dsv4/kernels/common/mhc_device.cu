@@ -1,5 +1,5 @@
-// What the mHC kernels of Hopper share: one text, compiled in front of each (mhc_cluster.cu, mhc_many.cu
-// and mhc/mhc_post_pre_few_sm90.cu), so that a token has the same bits in all.
+// What the mHC kernels of Hopper share: one text, compiled in front of each (mhc_cluster.cu and
+// mhc/mhc_post_pre_{few,many}_sm90.cu), so that a token has the same bits in all.
 //
 // Constants: D a multiple of 1024, ROWS 24 (or 4: the head), POST.
 
@@ -228,6 +228,30 @@ __device__ __forceinline__ void products(
   for (int b = 0; b < NB; b++)
 #pragma unroll
     for (int i = 0; i < 4; i++) sum[b][i] += rest[b][i];
+}
+
+// What the warp has of a tile's sums, to its part of shared memory: [WARPS, TILE, RED_STRIDE].
+__device__ __forceinline__ void leave_sums(
+    float *red, int warp, const float (&sum)[NB][4], const float (&squares)[2]) {
+  const int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+  red += (warp * TILE + g) * RED_STRIDE;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float squared = quad_sum(squares[h]);
+    if (q == 0) red[h * 8 * RED_STRIDE + ROWS] = squared;
+#pragma unroll
+    for (int b = 0; b < NB; b++)
+      if (ROWS == 24 || q < ROWS / 2)
+        *(float2 *)(red + h * 8 * RED_STRIDE + b * 8 + 2 * q) =
+            make_float2(sum[b][2 * h], sum[b][2 * h + 1]);
+  }
+}
+
+__device__ __forceinline__ float sum_of_warps(const float *red, int token, int column) {
+  float v = 0.0f;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) v += red[(w * TILE + token) * RED_STRIDE + column];
+  return v;
 }
 
 // dsv4.reference.quant.fp8_act_quantize of 8 columns, whose group is `largest` before the factor.

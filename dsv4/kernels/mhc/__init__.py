@@ -1,6 +1,6 @@
 """mHC: four residual streams, mixed before and after every sub-layer.
 
-*_sm90: CUDA C++ (common/mhc_cluster.cu; for few tokens *_few_sm90.cu, for many common/mhc_many.cu),
+*_sm90: CUDA C++ (common/mhc_cluster.cu; for few tokens *_few_sm90.cu, for many *_many_sm90.cu),
 on Hopper, for BF16 and widths that are multiples of 1024; without a suffix: Triton, GPUs from
 SM 9.0 and the interpreter.
 """

@@ -2,7 +2,7 @@
 //
 // Rank r of a group of 16 blocks keeps its sixteenth of the columns of fn in shared memory. A team of
 // its warps, one for every 32 of those columns, and the same team of the group's other blocks walk tiles:
-//   mix     tile i: streams, stored (POST); products and squares: 25 sums for each token and rank
+//   mix     tile i: streams, stored; products and squares: 25 sums for each token and rank
 //   finish  token r of tile i - LAG, whose sums of all ranks have come meanwhile: adds them up,
 //           collapses its streams, read again from L2, norm, store
 // So no exchange is waited for, and the streams of LAG tiles a team are what L2 must hold. Products,
@@ -22,18 +22,17 @@
 // in shared memory has been read; (2) sums of all warps are there; (3) squares of y are there, all
 // has been stored.
 //
-// Constants: D a multiple of 1024, ROWS 24 (or 4: the head), POST, QUANTISE, NORM_BF16, LAG, KERNEL;
-// SHARED_BYTES and BLOCK_THREADS of the launch.
+// Constants: D a multiple of 1024, ROWS 24, POST 1, QUANTISE, NORM_BF16, LAG, FLAGS of 16 teams;
+// SHARED_BYTES, BLOCK_THREADS and ARGS_BYTES of the launch.
 // Follows mhc_device.cu in one text.
 
 constexpr bool IN_PARTS = WARPS <= 8;  // 2,304 bytes for 4 columns of all rows; else 1,536 in FP32
 constexpr int TEAMS = IN_PARTS ? 16 / WARPS : 1;
 constexpr int TEAM = 32 * WARPS, THREADS = TEAMS * TEAM;
-constexpr int SLOTS = D / 8 / TEAM;  // of 8 columns for each thread of the team that has a token
+constexpr int SLOTS = 2;  // of 8 columns for each thread of the team that has a token
 constexpr int COEFS = N + N * N;
-constexpr int FLAGS = 32;  // of 16 teams: one for each rank, how many wait no more; a line in all
 constexpr int FN_BYTES = IN_PARTS ? WARPS * STEPS * NB * 768 : ROWS * FN_STRIDE * 4;
-static_assert(LAG >= 1 && SLOTS == 2 && TEAMS <= 15, "sizes");
+static_assert(ROWS == 24 && POST && LAG >= 1 && SLOTS * 8 * TEAM == D && FLAGS > CTAS, "sizes");
 
 struct __align__(16) TeamShared {
   float red[WARPS * TILE * RED_STRIDE];
@@ -57,10 +56,11 @@ struct Args {
   float *new_post, *new_comb;
   unsigned char *value, *fp8_scale;
   float *partial;  // [T, ranks, COLS]
-  int *flags;
+  int *flags;  // one for each rank, and how many teams wait no more
   int T, iters;
   float norm_eps, eps;
 };
+static_assert(sizeof(Args) == ARGS_BYTES, "what the host sends");
 
 // Tiles of a team: tile(0), tile(1) ..
 struct Walk {
@@ -149,7 +149,7 @@ __device__ __forceinline__ void ask_for_tile(
     const long long t = first + g + 8 * h;
     const bool is_live = t < a.T;
     const long long from = is_live ? t : 0;
-    if (POST) raw.o[h] = load16(a.o + from * D + column, is_live);
+    raw.o[h] = load16(a.o + from * D + column, is_live);
 #pragma unroll
     for (int j = 0; j < N; j++) {
       const unsigned short *x = a.x + (from * N + j) * D + column;
@@ -159,7 +159,6 @@ __device__ __forceinline__ void ask_for_tile(
         raw.x[j] = load16(x, is_live);
     }
   }
-  if (!POST) return;
   float(*coef)[COEFS] = s.team[walk.team].coef[n & 1];
   for (int i = threadIdx.x % TEAM; i < TILE * (N + 1); i += TEAM) {
     const int token = i / (N + 1), part = i % (N + 1);
@@ -183,7 +182,7 @@ __device__ __forceinline__ void streams_of(
     for (int j = 0; j < N; j++) old[j] = h ? s.x[j][threadIdx.x] : raw.x[j];
     squares[h] = 0.0f;
     make_streams(x[h], raw.o[h], old, s.team[walk.team].coef[n & 1][g + 8 * h], squares[h]);
-    if (POST && t < a.T)
+    if (t < a.T)
 #pragma unroll
       for (int k = 0; k < N; k++) store16(a.streams + (t * N + k) * D + column, x[h][k]);
   }
@@ -194,26 +193,13 @@ __device__ __forceinline__ void streams_of(
 __device__ __forceinline__ void store_sums(
     TeamShared &s, const Args &a, const Walk &walk, float (&sum)[NB][4], const float (&squares)[2],
     int n) {
-  const int thread = threadIdx.x % TEAM, warp = thread >> 5;
-  const int g = (thread & 31) >> 2, q = thread & 3;
-  float *red = s.red + (warp * TILE + g) * RED_STRIDE;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const float squared = quad_sum(squares[h]);
-    if (q == 0) red[h * 8 * RED_STRIDE + ROWS] = squared;
-#pragma unroll
-    for (int b = 0; b < NB; b++)
-      if (ROWS == 24 || q < ROWS / 2)
-        *(float2 *)(red + h * 8 * RED_STRIDE + b * 8 + 2 * q) =
-            make_float2(sum[b][2 * h], sum[b][2 * h + 1]);
-  }
+  const int thread = threadIdx.x % TEAM;
+  leave_sums(s.red, thread >> 5, sum, squares);
   team_sync(walk.team);
   for (int i = thread; i < TILE * COLS; i += TEAM) {
     const int token = i / COLS, column = i % COLS;
     const long long t = (long long)walk.tile(n) * TILE + token;
-    float v = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) v += s.red[(w * TILE + token) * RED_STRIDE + column];
+    const float v = sum_of_warps(s.red, token, column);
     if (t < a.T) a.partial[(t * CTAS + walk.rank) * COLS + column] = v;
   }
 }
@@ -263,10 +249,9 @@ __device__ __forceinline__ void load_norm(Token &token, const Args &a) {
 }
 
 __device__ __forceinline__ void load_slot(uint4 (&x)[N], const Args &a, long long t, int i) {
-  const unsigned short *from = POST ? a.streams : a.x;
 #pragma unroll
   for (int j = 0; j < N; j++)
-    x[j] = load16(from + (t * N + j) * D + 8 * (threadIdx.x % TEAM + i * TEAM), true);
+    x[j] = load16(a.streams + (t * N + j) * D + 8 * (threadIdx.x % TEAM + i * TEAM), true);
 }
 
 // Waits for the sums of tile n from all ranks. -> streams and scaled mix of the lane.
@@ -277,7 +262,7 @@ __device__ __forceinline__ float gather(
     for (u32 tries = 0; load_acquire(flags + lane) <= n; count_try(tries)) {}
   __syncwarp();
   const int row = min(lane, ROWS - 1);
-  const float gain = load_float(a.scale + (ROWS == 24 ? min(row / N, 2) : 0));
+  const float gain = load_float(a.scale + min(row / N, 2));
   const float base = load_float(a.base + row);
   float part[CTAS], v = 0.0f;
 #pragma unroll
@@ -307,7 +292,7 @@ __device__ __forceinline__ void collapse_token(
   float all[N];
 #pragma unroll
   for (int j = 0; j < N; j++) all[j] = __shfl_sync(~0u, pre, j);
-  if (ROWS == 24 && thread < 32) store_mixes(a, t, v, gate);
+  if (thread < 32) store_mixes(a, t, v, gate);
   if (QUANTISE) load_norm(token, a);
 #pragma unroll
   for (int i = 0; i < SLOTS; i++) {
@@ -407,7 +392,7 @@ __device__ void team_warps(Shared &s, const Args &a, const Walk &walk) {
     } else {
       end_mix(walk, flags, i);
     }
-    if (ROWS == 24 && thread < 32 && n >= 0 && (n % 32 == 31 || i + 1 == walk.count + LAG))
+    if (thread < 32 && n >= 0 && (n % 32 == 31 || i + 1 == walk.count + LAG))
       store_combs(a, walk, n);
     if (i + 1 >= walk.count) team_sync(walk.team);  // no mixes come: squares have been read
   }
@@ -415,18 +400,12 @@ __device__ void team_warps(Shared &s, const Args &a, const Walk &walk) {
     for (int r = 0; r <= CTAS; r++) flags[r] = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) KERNEL(
-    const unsigned short *o, const unsigned short *x, const float *post, const float *comb,
-    const float *fn, const float *scale, const float *base, const void *norm,
-    unsigned short *streams, unsigned short *y, float *new_post, float *new_comb,
-    unsigned char *value, unsigned char *fp8_scale, float *partial, int *flags, int T, int iters,
-    float norm_eps, float eps) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) mhc_post_pre_kernel(
+    const __grid_constant__ Args a) {
   extern __shared__ __align__(128) unsigned char memory[];
   Shared &s = *(Shared *)memory;
-  const Args a = {o,        x,        post,  comb,      fn,      scale, base, norm,  streams,  y,
-                  new_post, new_comb, value, fp8_scale, partial, flags, T,    iters, norm_eps, eps};
   asm volatile("griddepcontrol.launch_dependents;");
-  const int groups = gridDim.x / CTAS, tiles = (T + TILE - 1) / TILE;
+  const int groups = gridDim.x / CTAS, tiles = (a.T + TILE - 1) / TILE;
   const int team = __shfl_sync(~0u, threadIdx.x / TEAM, 0);  // the same for a warp, as the compiler sees
   Walk walk;
   walk.team = team;
@@ -434,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) KERNEL(
   walk.first = team * groups + blockIdx.x / CTAS;
   walk.step = TEAMS * groups;
   walk.count = walk.first < tiles ? (tiles - walk.first + walk.step - 1) / walk.step : 0;
-  stage_fn(s, fn, walk.rank);
+  stage_fn(s, a.fn, walk.rank);
   __syncthreads();
   wait_for_previous();
   if (walk.count) team_warps(s, a, walk);
