@@ -2,7 +2,8 @@
 
 Shapes of V4-Flash: 256 experts, top 6, uniform routing that is new for every call. The bytes are
 those of the experts hit; from 8192 tokens on the matrix units are the roof. The baseline is torch's
-grouped product on BF16 weights. `--sweep` times the tiles of `SWEEP` instead, kernel by kernel.
+grouped product on BF16 weights; of `moe_with_shared`, which has the shared expert's bytes too, the
+four launches that it stands for. `--sweep` times the tiles of `SWEEP` instead, kernel by kernel.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from dsv4.kernels.moe import moe_routed_grouped as grouped
 from dsv4.kernels.moe import moe_routed_w4a8
 from dsv4.ops import moe as ops
+from dsv4.ops.activation import gate_up_swiglu
+from dsv4.ops.linear import linear_fp8
 from dsv4.testing.bench import Case, cold_us, run
 from dsv4.testing.cases.moe import MoeCase
 
@@ -28,6 +31,7 @@ D, F, E, K = 4096, 2048, 256, 6
 CALLS = {1: 24, 4: 16, 8: 8, 16: 4, 64: 4, 256: 2, 1024: 2, 8192: 2, 32768: 1}
 LARGE, LARGEST = 8192, 32768
 FEWEST_W4A8 = 256  # tokens; fewer are the decode kernel's
+SHARED = ("gate_up", "gate_up_scale", "down", "down_scale")
 # BM, BN, warps, stages
 SWEEP = {
     "w4a16": ((128, 128, 8, 4), (128, 64, 4, 2), (64, 128, 8, 4), (64, 64, 4, 3), (32, 64, 4, 4),
@@ -71,6 +75,7 @@ def token_cases(weights: MoeCase, T: int, count: int) -> list[MoeCase]:
 
 def cases() -> Iterator[Case]:
     """Every row of this file."""
+    yield shared_case()
     w13 = torch.randn(E, 2 * F, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     w2 = torch.randn(E, D, F, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     for format in ("mxfp4", "nvfp4"):
@@ -89,6 +94,30 @@ def cases() -> Iterator[Case]:
                     is_compute=T >= LARGE, baseline="torch._grouped_mm BF16",
                     baseline_calls=[grouped_mm(c, w13, w2) for c in made],
                 )  # fmt: skip
+
+
+def shared_case() -> Case:
+    """moe_with_shared: all experts of a layer, one token."""
+    weights = MoeCase.random(1, D, F, E, has_shared=False, device="cuda")
+    drawn = weights.args_with_shared()
+    shared = [{name: drawn[name].clone() for name in SHARED} for _ in range(4)]  # beyond L2
+    shared_bytes = sum(x.nbytes for x in shared[0].values())
+    made = token_cases(weights, 1, CALLS[1])
+    args = [{k: v for k, v in c.args().items() if k != "shared"} for c in made]
+    pairs = [(a, shared[i % len(shared)]) for i, a in enumerate(args)]
+    return Case(
+        "moe_with_shared", {"M": 1, "format": "mxfp4"},
+        [partial(ops.moe_with_shared, **a, **s, after_router=False) for a, s in pairs],
+        sum(c.nbytes for c in made) // len(made) + shared_bytes, flops=6 * (K + 1) * D * F,
+        baseline="its parts", baseline_calls=[partial(in_parts, a, s) for a, s in pairs],
+    )  # fmt: skip
+
+
+def in_parts(routed: dict[str, Any], shared: dict[str, Tensor]) -> Tensor:
+    """moe_with_shared as four launches."""
+    gate_up, gate_up_scale, down, down_scale = (shared[name] for name in SHARED)
+    hidden = gate_up_swiglu(linear_fp8(routed["x"], gate_up, gate_up_scale), routed["limit"])
+    return ops.moe_routed(**routed, shared=linear_fp8(hidden, down, down_scale))
 
 
 def sweep() -> None:

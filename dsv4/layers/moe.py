@@ -15,7 +15,7 @@ from dsv4.layers.batch import Batch
 from dsv4.layers.linear import Fp8Linear, WideLinear
 from dsv4.layers.weights import ExpertStack, WeightView
 from dsv4.ops.activation import gate_up_swiglu
-from dsv4.ops.moe import moe_routed
+from dsv4.ops.moe import moe_routed, moe_with_shared
 from dsv4.ops.router import router_hash, router_topk
 
 FEW_ROWS = 64  # up to which the op takes its kernels for few rows
@@ -82,7 +82,7 @@ class Moe:
     router: Router
     shared: SharedExpert
     experts: ExpertStack
-    is_fused: bool = True
+    unfused: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -90,19 +90,38 @@ class Moe:
     ) -> Moe:
         """The experts whose weights are `w`; `name` ("layers.3.ffn") is the prefix of taps."""
         shared = SharedExpert.of(config, w.at("shared_experts"), unfused)
-        router, is_fused = Router.of(config, w.at("gate")), "moe_routed_shared" not in unfused
-        return cls(config, name, router, shared, w.expert_stack(), is_fused)
+        router, experts = Router.of(config, w.at("gate")), w.expert_stack()
+        return cls(config, name, router, shared, experts, frozenset(unfused))
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """x [T, D] after the block's norm -> [T, D]
+        """x [T, D] after the block's norm -> [T, D]"""
+        joined = len(x) == 1 and not batch.is_prefill and "moe_with_shared" not in self.unfused
+        out = self._joined(x, batch) if joined else self._chain(x, batch)
+        tap(f"{self.name}.out", out)
+        return out
 
-        The shared expert goes first: its weights come while the norm before it runs. The routed
-        experts start only when all kernels before them are done (kernels.moe.moe_routed_sm90).
-        """
-        e, shared = self.experts, self.shared(x)
+    def _choose(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         ids, weights = self.router(x, batch)
         tap(f"{self.name}.router.ids", ids)
         tap(f"{self.name}.router.weights", weights)
+        return ids, weights
+
+    def _joined(self, x: Tensor, batch: Batch) -> Tensor:
+        """All experts in one launch, with the bits of `_chain`. It starts while the router runs."""
+        e, shared = self.experts, self.shared
+        return moe_with_shared(
+            x, *self._choose(x, batch), *e.matrices, e.global_scale, shared.gate_up.weight,
+            shared.gate_up.scale, shared.down.weight, shared.down.scale,
+            self.config.swiglu_limit, 0, e.format, True,
+        )  # fmt: skip
+
+    def _chain(self, x: Tensor, batch: Batch) -> Tensor:
+        """The shared expert goes first: its weights come while the norm before it runs. The routed
+        experts start only when all kernels before them are done (kernels.moe.moe_routed_sm90).
+        """
+        e, shared = self.experts, self.shared(x)
+        ids, weights = self._choose(x, batch)
+        is_fused = "moe_routed_shared" not in self.unfused
         # Kernels for few rows and for many differ in the last bits, so prompts always take the one
         # for many: rows that no expert sees make up the number.
         missing = max(FEW_ROWS + 1 - len(x), 0) if batch.is_prefill else 0
@@ -110,12 +129,9 @@ class Moe:
             x, weights, shared = (pad(t, (0, 0, 0, missing)) for t in (x, weights, shared))
             ids = pad(ids, (0, 0, 0, missing), value=-1)
         out = moe_routed(
-            x, ids, weights, e.codes["w1"], e.scales["w1"], e.codes["w3"], e.scales["w3"],
-            e.codes["w2"], e.scales["w2"], e.global_scale, shared if self.is_fused else None,
+            x, ids, weights, *e.matrices, e.global_scale, shared if is_fused else None,
             self.config.swiglu_limit, 0, e.format,
         )  # fmt: skip
-        if not self.is_fused:
+        if not is_fused:
             out = out + shared  # in FP32, rounded once; the routed sum was rounded before
-        out = out[: len(x) - missing]
-        tap(f"{self.name}.out", out)
-        return out
+        return out[: len(x) - missing]

@@ -51,6 +51,11 @@ class ExpertStack:
         shared = torch.empty(3, E, device=device) if fmt.has_global else None
         return cls(codes, scales, shared, fmt.name)
 
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """w1, s1, w3, s3, w2, s2: codes and scales as the ops take them."""
+        return tuple(x[name] for name in EXPERT_MATRICES for x in (self.codes, self.scales))
+
     def put(self, expert: int, matrix: str, part: str, x: Tensor) -> None:
         """Take one stored tensor of one expert; `part` is the last word of its name."""
         if part == "weight":

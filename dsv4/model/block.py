@@ -22,12 +22,13 @@ from dsv4.layers.weights import WeightView
 FUSED = (
     "mhc_post_pre", "latent_kv_norm_pack", "joined_wide_linear", "entry_and_key_insert",
     "cache_step_append", "embed_streams", "q_norm_rope", "index_query_rope",
-    "sparse_attn_inverse_rope", "gate_up_swiglu", "moe_routed_shared",
+    "sparse_attn_inverse_rope", "gate_up_swiglu", "moe_routed_shared", "moe_with_shared",
 )  # fmt: skip
 # Of them, those whose parts give the step's bits at any width. The parts of the others round
 # elsewhere or sum in another order: they agree within limits.
 EXACT = (
     "entry_and_key_insert", "cache_step_append", "embed_streams", "q_norm_rope", "index_query_rope",
+    "moe_with_shared",
 )  # fmt: skip
 
 

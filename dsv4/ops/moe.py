@@ -16,6 +16,9 @@ from dsv4.kernels.moe import moe_routed_grouped as grouped
 from dsv4.kernels.moe import moe_routed_sm90
 from dsv4.kernels.moe import moe_routed_w4a8 as w4a8
 from dsv4.kernels.moe import moe_routed_w4a8_sm100 as w4a8_sm100
+from dsv4.kernels.moe import moe_with_shared_sm90 as with_shared
+from dsv4.ops.activation import gate_up_swiglu
+from dsv4.ops.linear import linear_fp8
 
 # Best first. Up to 64 tokens an expert's weights decide, beyond them the matrix units. Within each
 # kernel a token gets the same bits in any batch; the decode kernel adds in another order than the
@@ -23,6 +26,8 @@ from dsv4.kernels.moe import moe_routed_w4a8_sm100 as w4a8_sm100
 MOE_ROUTED_DECODE = (moe_routed_sm90.SPEC, grouped.SPEC, portable.SPEC)
 MOE_ROUTED = (grouped.SPEC, portable.SPEC)
 MOE_ROUTED_W4A8 = (w4a8_sm100.SPEC, w4a8.SPEC)
+# Where it does not run, its parts do: they give the same bits.
+MOE_WITH_SHARED = with_shared.SPEC
 
 
 def _result(*args: object, **kwargs: object) -> Tensor:
@@ -44,6 +49,26 @@ def moe_routed(
     out = (grouped if kernel is grouped.SPEC else portable).outputs(*args)
     kernel.launch(*args, out)
     return out[0]
+
+
+@dsv4_op(fake=lambda x, *args, **kwargs: torch.empty_like(x))
+def moe_with_shared(
+    x: Tensor, ids: Tensor, routing: Tensor, w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor,
+    w2: Tensor, s2: Tensor, global_scale: Tensor | None, gate_up: Tensor, gate_up_scale: Tensor,
+    down: Tensor, down_scale: Tensor, limit: float, first_expert: int, format: str,
+    after_router: bool,
+) -> Tensor:  # fmt: skip
+    """See dsv4.reference.experts.moe_with_shared."""
+    routed = x, ids, routing, w1, s1, w3, s3, w2, s2, global_scale
+    options = limit, first_expert, format
+    takes = with_shared.takes(x, gate_up, gate_up_scale, down_scale)
+    if takes and MOE_WITH_SHARED.why_not(x.device) is None:
+        args = *routed, gate_up, gate_up_scale, down, down_scale, *options, after_router
+        out = with_shared.outputs(*args)
+        MOE_WITH_SHARED.launch(*args, out)
+        return out[0]
+    hidden = gate_up_swiglu(linear_fp8(x, gate_up, gate_up_scale), limit)
+    return moe_routed(*routed, linear_fp8(hidden, down, down_scale), *options)
 
 
 @dsv4_op(fake=lambda x, *args, **kwargs: torch.empty_like(x))

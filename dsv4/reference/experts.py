@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4.core.expert_tiles import from_tiles
 from dsv4.core.formats import FORMATS, BlockScaledTensor
-from dsv4.reference.linear import linear
+from dsv4.reference.linear import linear, linear_fp8
 from dsv4.reference.precision import wide
 from dsv4.reference.quant import dequantize
 
@@ -95,6 +95,29 @@ def moe_routed(
     """
     weights = tuple(from_tiles(w) for w in (w1, s1, w3, s3, w2, s2))
     return _routed(x, ids, routing, weights, global_scale, shared, limit, first_expert, format)
+
+
+def moe_with_shared(
+    x: Tensor, ids: Tensor, routing: Tensor, w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor,
+    w2: Tensor, s2: Tensor, global_scale: Tensor | None, gate_up: Tensor, gate_up_scale: Tensor,
+    down: Tensor, down_scale: Tensor, limit: float, first_expert: int, format: str,
+    after_router: bool,
+) -> Tensor:  # fmt: skip
+    """`moe_routed` with the shared expert's matrices in place of what it gave.
+
+        y = sum_e g_e W2_e swiglu(W1_e x, W3_e x) + D swiglu(G x, U x)
+
+    gate_up [2 F, D] float8_e4m3fn, G above U; down [D, F]; scales one for each 128 x 128 of either,
+            float8_e8m0fnu or FP32
+    after_router  whether the launch just before is that of router_topk or router_hash, which gave
+            ids and routing; x and weights were there before it. Nothing but time depends on it
+    """
+    gate, up = linear_fp8(x, gate_up, gate_up_scale).chunk(2, dim=1)
+    hidden = clamped_swiglu(gate, up, limit).to(x.dtype)
+    shared = linear_fp8(hidden, down, down_scale)
+    return moe_routed(
+        x, ids, routing, w1, s1, w3, s3, w2, s2, global_scale, shared, limit, first_expert, format
+    )
 
 
 def moe_routed_w4a8(

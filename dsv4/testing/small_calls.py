@@ -127,6 +127,16 @@ def moe_calls(T: int) -> Calls:
     return calls
 
 
+def moe_shared_calls(T: int) -> Calls:
+    calls: dict[str, dict[str, Any]] = {}
+    for D, F in ((512, 512), (1024, 512), (512, 1024)):
+        for format in moe.GROUPS:
+            case = moe.MoeCase.random(T, D, F, 16, format=format)
+            case.ids[-1, 0] = -1
+            calls[f"moe_with_shared/{D}_{F}_{format}"] = case.args_with_shared()
+    return calls
+
+
 def one(op: str, calls: Callable[..., dict[str, Any]], *sizes: int) -> Callable[[int], Calls]:
     """A family of one op: `calls(T, *sizes)`."""
     return lambda T: {op: calls(T, *sizes)}
@@ -137,6 +147,7 @@ FAMILIES = {
     "moe_grouped": Family(moe_calls, ("moe_routed/grouped",)),
     "moe_w4a8": Family(moe_calls, ("moe_routed_w4a8/",)),
     "moe_decode": Family(moe_calls, ("moe_routed/sm90", "moe_routed/triton"), (*TOKENS, 48)),
+    "moe_shared": Family(moe_shared_calls, tokens=(1,)),
     "indexer": Family(indexer_calls),
     "linear": Family(linear_calls, tokens=(*TOKENS, 24, 150, 200)),
     "cache": Family(partial(cache.cache_calls, head_dim=512)),

@@ -132,15 +132,19 @@ def test_drafts_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_drafts_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = [watch_fused(monkeypatch, name) for name in FUSED]
+    used = {name: watch_fused(monkeypatch, name) for name in FUSED}
     work = [
         (random_ids(TINY, n).tolist(), SamplingParams(temperature=0, max_tokens=6)) for n in (5, 70)
     ]
     parts = production(TINY, WEIGHTS, limits=limits(), with_mtp=True, unfused=FUSED)
     drafted = answers(parts, work)
-    assert not any(used)
+    assert not any(used.values())
     assert drafted == answers(tiny(with_mtp=True), work)
-    assert all(used)
+    # Two rows a request: no step of one row.
+    single = "moe_with_shared"
+    assert [name for name in FUSED if not used[name]] == [single]
+    answers(tiny(with_mtp=False), work)
+    assert used[single]
 
 
 def test_too_few_pages_and_drafts() -> None:

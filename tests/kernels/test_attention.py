@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsv4.kernels.attention import sparse_attn_decode as decode_kernel
 from dsv4.kernels.attention import sparse_attn_decode_sm90 as decode_sm90
+from dsv4.kernels.common import cuda
 from dsv4.ops import attention as ops
 from dsv4.reference import paged_attention as oracle
 from dsv4.reference.kv_records import kv_page_pack, kv_page_unpack
@@ -283,7 +284,7 @@ def test_division_by_multiplication() -> None:
     """What the kernel for Hopper does with entries and the size of a page."""
     n = torch.arange(1 << 19)
     for divisor in (1, 2, 3, 6, 32, 64, 96, 1000):
-        magic = decode_sm90.magic(divisor)
+        magic = cuda.magic(divisor)
         assert -(2**31) <= magic < 2**31
         want = n // divisor
         assert torch.equal((n * (magic % 2**32)) >> 32 if magic else n, want)

@@ -243,14 +243,14 @@ def test_zeros_of_tokens_without_keys_are_those_of_triton(
 def test_blocks_that_go_on_give_the_same_bits(
     name: str, few: int, H: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More programs than SMs, of all lengths; some tokens have no keys.
+    """More programs than SMs, of all lengths; some tokens have no keys, the first parts no tiles.
 
     few  below that many groups of tiles a program of decode has one tile: never or always
     """
     monkeypatch.setattr(decode_kernel, "FEW_PROGRAMS", few)
-    requests = ((3000, 150), (100, 80), (0, 200))
+    requests = ((0, 10), (3000, 150), (100, 80), (0, 190))
     args = AttentionCase(requests, H, 512, 128, padding=9, **ATTENTION_KINDS[kind]).args("cuda")
-    args["position"][40:43] = -1
+    args["position"][40:43], args["slot"][:3] = -1, -1
     module = getattr(ops.kernels, f"{name}_sm90")
 
     def result() -> Tensor:

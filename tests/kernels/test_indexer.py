@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from dsv4.testing.numeric import assert_bits_equal
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 FUZZ_EXAMPLES = int(os.environ.get("DSV4_FUZZ_EXAMPLES", "200"))
+FUZZ_SHARDS = 1 if DEVICE == "cpu" else 28  # of choices: nearly every one compiles a kernel
 FUZZ = settings(
     max_examples=FUZZ_EXAMPLES // 2, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
@@ -239,20 +240,27 @@ def draw_case(data: st.DataObject) -> IndexerCase:
     )  # fmt: skip
 
 
-@FUZZ
-@given(st.data())
-def test_choice_fuzzed(data: st.DataObject) -> None:
-    case = draw_case(data)
-    old = dict(kernel.CONFIG)
-    tile = {"BLOCK": [16, 64, 128], "QUERIES": [1, 2, 4], "STAGES": [1, 3]}
-    drawn = {key: data.draw(st.sampled_from(values)) for key, values in tile.items()}
-    kernel.CONFIG["TILES"] = ((0, drawn),)
-    kernel.CONFIG["PROGRAMS"] = data.draw(st.sampled_from([1, 3, 100]))
-    try:
-        got = choose(case)
-    finally:
-        kernel.CONFIG.update(old)
-    check_choice(case, got)
+@pytest.mark.parametrize("shard", range(FUZZ_SHARDS))
+def test_choice_fuzzed(shard: int) -> None:
+    """Half of DSV4_FUZZ_EXAMPLES in all, shared by tests that may run side by side."""
+
+    @seed(shard)
+    @settings(FUZZ, max_examples=-(-FUZZ.max_examples // FUZZ_SHARDS))
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        case = draw_case(data)
+        old = dict(kernel.CONFIG)
+        tile = {"BLOCK": [16, 64, 128], "QUERIES": [1, 2, 4], "STAGES": [1, 3]}
+        drawn = {key: data.draw(st.sampled_from(values)) for key, values in tile.items()}
+        kernel.CONFIG["TILES"] = ((0, drawn),)
+        kernel.CONFIG["PROGRAMS"] = data.draw(st.sampled_from([1, 3, 100]))
+        try:
+            got = choose(case)
+        finally:
+            kernel.CONFIG.update(old)
+        check_choice(case, got)
+
+    check()
 
 
 @pytest.mark.parametrize("keys", ["fp8", "mxfp4"])

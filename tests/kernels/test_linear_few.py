@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4.core.errors import KernelUnavailable
+from dsv4.kernels.common import cuda
 from dsv4.kernels.common.linear_plan import cut
 from dsv4.kernels.linear import (
     joined_wide_linear_sm90,
@@ -20,6 +21,7 @@ from dsv4.kernels.linear import (
 from dsv4.kernels.linear.linear_fp8_sm90 import (
     KEEP,
     MAX_PARTS,
+    MAX_ROWS,
     ROUND,
     SHARED_BYTES,
     linear_fp8_kernel,
@@ -94,11 +96,17 @@ def test_weights_that_no_plan_fits_are_not_taken(T: int) -> None:
         p = plan(T, N, K, 1)
         assert p.shared <= SHARED_BYTES
         assert p.defines.get("PARTS", 0) <= MAX_PARTS
-    for N, K in ((4096, 1 << 20), (384, 73856), (200, 4096), (256, 4000)):
+    for N, K in ((4096, 1 << 20), (384, 73856), (200, 4096), (256, 4000), (MAX_ROWS + 256, 1024)):
         x, weight = meta_call(T, N, K)
         assert not takes(x, weight, 1), (N, K)
         with pytest.raises(KernelUnavailable, match=rf"linear_fp8/sm90: .*got \[{N}, {K}\] in 1"):
             plan(T, N, K, 1)
+
+
+@pytest.mark.parametrize("size", [64, 192, 1024, 65472, 65536, 131072, MAX_ROWS - 64, MAX_ROWS])
+def test_a_row_tells_its_group_by_one_multiplication(size: int) -> None:
+    row = torch.arange(0, MAX_ROWS, 64)
+    assert torch.equal((row * (cuda.magic(size) % 2**32)) >> 32, row // size)
 
 
 def test_which_calls_go_to_the_kernel_for_few_tokens() -> None:

@@ -31,7 +31,11 @@ WRITTEN_BEFORE_QUERIES = {
     "indexer_scores_topk_kernel": {"slot_ptr", "position_ptr", "pages_ptr", "table_ptr"},
 }
 EARLY = WEIGHTS | WRITTEN_BEFORE_QUERIES
-ORDERS = {"indexer_query_kernel": ["wait", "trigger"], "maps_kernel": ["wait"]}
+# So do the routers, ahead of the experts' kernel in CUDA C++.
+ORDERS = {
+    "indexer_query_kernel": ["wait", "trigger"], "router_topk_kernel": ["wait", "trigger"],
+    "router_hash_kernel": ["wait", "trigger"], "maps_kernel": ["wait"],
+}  # fmt: skip
 ALL_OVERLAP = {"moe", "router", "sampling"}  # families without a kernel that is launched normally
 WAITS = {"wait_for_previous", "tl.extra.cuda.gdc_wait"}
 TRIGGERS = {"let_next_start", "tl.extra.cuda.gdc_launch_dependents"}

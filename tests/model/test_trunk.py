@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import gc
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -187,16 +188,21 @@ def test_prompts_of_any_length_take_the_experts_for_many_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use_oracles(monkeypatch)
-    seen, oracle = [], moe.moe_routed
+    seen = []
 
-    def watching(x: Tensor, ids: Tensor, *rest: object) -> Tensor:
-        seen.append((len(x), int((ids >= 0).any(dim=1).sum())))
-        return oracle(x, ids, *rest)
+    def watched(op: Callable) -> Callable:
+        def watching(x: Tensor, ids: Tensor, *rest: object) -> Tensor:
+            seen.append((op.__name__, len(x), int((ids >= 0).any(dim=1).sum())))
+            return op(x, ids, *rest)
 
-    monkeypatch.setattr(moe, "moe_routed", watching)
+        return watching
+
+    for name in ("moe_routed", "moe_with_shared"):
+        monkeypatch.setattr(moe, name, watched(getattr(moe, name)))
     one = SingleSequence(production(CONFIG, WEIGHTS))
     cache = one.new_cache()
     for n in (2, 64, 70, 1):
         one.forward(random_ids(CONFIG, n), cache)
-    sizes = [(65, 2), (65, 64), (70, 70), (1, 1)]
-    assert seen == [size for size in sizes for _ in range(CONFIG.num_hidden_layers)]
+    routed = [("moe_routed", *size) for size in ((65, 2), (65, 64), (70, 70))]
+    calls = [*routed, ("moe_with_shared", 1, 1)]
+    assert seen == [call for call in calls for _ in range(CONFIG.num_hidden_layers)]

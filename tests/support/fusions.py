@@ -28,6 +28,7 @@ CALLS: dict[str, tuple[ModuleType, tuple[str, ...], tuple[int, object] | None]] 
     ),
     "gate_up_swiglu": (moe, ("gate_up_swiglu",), None),
     "moe_routed_shared": (moe, ("moe_routed",), (10, None)),
+    "moe_with_shared": (moe, ("moe_with_shared",), None),
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from dsv4.kernels.common.attention_checks import (
     check_attention,
 )
 from dsv4.kernels.common.checks import check_aligned
-from dsv4.kernels.common.cuda import Source, load, why_not
+from dsv4.kernels.common.cuda import Source, load, magic, why_not
 
 __all__ = ["REFERENCE", "outputs"]
 CONFIG = {"threads": 512, "shared_bytes": 3 * 65536 + 2 * 64 * 4 + 48 + 10240 + 1024}
@@ -140,12 +140,6 @@ def plan_clusters(
         if is_made and blocks >= fewest and programs * split <= resident(blocks):
             return each, blocks, split
     return None
-
-
-def magic(divisor: int) -> int:
-    """M so that n // divisor is the upper half of n M, for n divisor < 2^32; as int32, 0 for 1."""
-    M = 2**32 // divisor + 1
-    return 0 if divisor == 1 else M - 2**32 * (M >= 2**31)
 
 
 def run(

@@ -224,6 +224,12 @@ def shared_counters(device: torch.device) -> Iterator[None]:
         _used[device] = max(top, _used[device])
 
 
+def magic(divisor: int) -> int:
+    """M so that n // divisor is the upper half of n M, for n divisor < 2^32; as int32, 0 for 1."""
+    M = 2**32 // divisor + 1
+    return 0 if divisor == 1 else M - 2**32 * (M >= 2**31)
+
+
 def _values(args: tuple) -> tuple[int | float, ...]:
     return tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args)
 

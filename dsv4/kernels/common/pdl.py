@@ -7,8 +7,9 @@ too, when all before it are. Ahead of it a kernel may read what no kernel of a s
 weights, and may write nothing. Loads of anything else must not take the read-only path
 (`ld.global.nc`, `__ldg`): others write it within the life of the kernel.
 
-One exception: `indexer_query_kernel` waits before it lets the next start, so `indexer_scores_topk`
-may ahead of its own wait also read what was written before the queries: keys, tables, positions.
+Two kinds wait before they let the next start, so that the next may ahead of its own wait also read
+what was written before them. Behind `indexer_query_kernel`, `indexer_scores_topk` reads keys,
+tables and positions; behind the routers, `moe_with_shared` reads the token.
 
 A kernel launched normally starts when all before it are done, so it need not wait. The Triton
 kernels of the slabs of mHC are, and let the next start; those of torch do neither.

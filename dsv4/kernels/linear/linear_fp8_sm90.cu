@@ -15,6 +15,9 @@
 // DEPTH  steps under way for a thread
 // QUANT  0: x is BF16, 1: it is rounded to FP8, 2: it is FP8 with scales already
 // E8M0   whether scales of weights are bytes, not FP32
+//
+// group_magic: the upper half of its product with a row is the row's group. A division would stand
+// behind the wait for the kernel before, in front of x.
 constexpr int THREADS = NWG * 128, WARPS = NWG * 4, ACC = NTOK / 2;
 constexpr int STAGE = NWG * 8192;             // bytes of one step of all warpgroups
 constexpr int X_BLOCK = 2 * NTOK * 128;       // bytes of x for 128 columns, half used when FP8
@@ -135,7 +138,7 @@ __device__ __forceinline__ u64 shares_of(u64* word, int rank) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
                          const u8* __restrict__ weight, const u8* scale, u8* y, float4* partial,
-                         u64* words, int T, int N, int K, int x_stride, int group_rows) {
+                         u64* words, int T, int N, int K, int x_stride, u32 group_magic) {
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
   const int tid = threadIdx.x, wg = tid / 128, lane = tid % 32, g = lane / 4, q = lane % 4;
@@ -171,7 +174,7 @@ linear_fp8_stream_kernel(const u8* __restrict__ x, const u8* x_scales,
   wait_for_previous();
   const int item = tid / 32, first = item / X_SPANS * X_TOKENS + lane / X_LANES;
   const int piece = item % X_SPANS * X_LANES + lane % X_LANES;
-  const size_t x_at = (size_t)(first_row / group_rows) * K + (size_t)first * x_stride + block0 * 128;
+  const size_t x_at = (size_t)__umulhi(first_row, group_magic) * K + (size_t)first * x_stride + block0 * 128;
   const u8* x_from = x + (x_at + piece * 8) * (QUANT == 2 ? 1 : 2);
   auto fetch = [&](uint4* v, int b) {
 #pragma unroll
@@ -403,7 +406,7 @@ __device__ __forceinline__ void send(u32 to, u32 bar, int rank, float v) {
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __restrict__ weight,
-                  const u8* scale, u8* y, int T, int N, int K, int x_stride, int group_rows) {
+                  const u8* scale, u8* y, int T, int N, int K, int x_stride, u32 group_magic) {
   extern __shared__ __align__(1024) u8 memory[];
   let_next_start();
   const int tid = threadIdx.x, wg = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
@@ -515,7 +518,7 @@ linear_fp8_kernel(const u8* __restrict__ x, const u8* x_scales, const u8* __rest
   // From here on what the kernel before this one wrote may be read. Tokens from T on stay what they
   // are in shared memory: no other token depends on them, and nobody reads their sums.
   wait_for_previous();
-  const size_t x_at = (size_t)(first_row / group_rows) * K + block0 * 128;
+  const size_t x_at = (size_t)__umulhi(first_row, group_magic) * K + block0 * 128;
   const u8* x_from = x + x_at * (QUANT == 2 ? 1 : 2);
   auto load_x = [&](int token, int piece) {
     uint4 v = make_uint4(0, 0, 0, 0);

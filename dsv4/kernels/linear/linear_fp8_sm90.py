@@ -28,6 +28,7 @@ from dsv4.kernels.linear.linear_fp8 import REFERENCE, check, outputs
 __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "linear_fp8_kernel", "outputs"]
 
 MAX_TOKENS = 64
+MAX_ROWS = 1 << 18  # whose group one multiplication tells, of multiples of 64
 SHARED_BYTES = 227 << 10
 PITCH_BYTES = 68 * 4  # of the sums of one token
 # Columns of the matrix instruction -> steps of weights under way, at most.
@@ -90,10 +91,10 @@ def _stream_plan(tokens: int, N: int, c: Cut) -> _Plan:
 def find_plan(T: int, N: int, K: int, groups: int) -> _Plan | None:
     """Up to 16 tokens, while x fits, or where rows are too few or chunks too many for the other,
     blocks in clusters; else one chunk of more rows a block. None where the weight has no whole
-    tiles or K is too large.
+    tiles, K is too large or there are more than MAX_ROWS rows.
     """
     c = cut(N, K, groups)
-    if c.tiles == 0:
+    if c.tiles == 0 or N > MAX_ROWS:
         return None
     tokens = next(n for n in CONFIG if n >= min(T, MAX_TOKENS))
     small = [_cluster_plan(n, N, c) for n in (16, 8) if n <= tokens]
@@ -109,8 +110,9 @@ def plan(T: int, N: int, K: int, groups: int) -> _Plan:
     p = find_plan(T, N, K, groups)
     if p is None:
         raise KernelUnavailable(
-            f"{SPEC.name}: expected groups of whole tiles of 64 rows and 128 columns, and no more "
-            f"columns than fit in shared memory, got [{N}, {K}] in {groups} groups: "
+            f"{SPEC.name}: expected groups of whole tiles of 64 rows and 128 columns, at most "
+            f"{MAX_ROWS:,} rows, and no more columns than fit in shared memory, "
+            f"got [{N}, {K}] in {groups} groups: "
             "call torch.ops.dsv4.linear_fp8"
         )
     return p
@@ -169,7 +171,7 @@ def multiply(
         kernel.launch(
             p.grid, 128 * WARPGROUPS, x[start:], None if x_scale is None else x_scale[start:],
             weight, scale, y[start:], *shared_sums, min(step, T - start), N, K, groups * K,
-            N // groups, overlaps=True,
+            cuda.magic(N // groups), overlaps=True,
         )  # fmt: skip
 
 

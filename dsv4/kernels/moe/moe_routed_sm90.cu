@@ -23,7 +23,8 @@
 // done. The kernel after it may start early. That one's blocks come after the last of these has
 // started, and so never hold what these need.
 //
-// Follows linear_device.cu in one text.
+// Follows linear_device.cu in one text; moe_with_shared_sm90.cu may follow. SHARED_BLOCKS: how many
+// blocks, the first, have the shared expert and none of these units.
 
 typedef unsigned short u16;
 
@@ -33,6 +34,13 @@ constexpr int HIDDEN_ROWS = ROWS / 2, UP_UNITS = F / HIDDEN_ROWS, DOWN_UNITS = D
 constexpr int SCALE_BYTES = 128 / GROUP;  // of a row in a tile
 static_assert(16 * U <= 32, "a lane copies the scales of at most one row");
 static_assert(TOKENS > 1 || MAX_PAIRS == K_EXPERTS, "one token is staged once");
+static_assert(MAX_PAIRS * (UP_UNITS > DOWN_UNITS ? UP_UNITS : DOWN_UNITS) < 1 << 19,
+              "units times up to 8192 blocks within 32 bits");
+constexpr int SHARED_PARTS = SHARED_BLOCKS ? 2 : 0;  // units of the shared expert for ROWS channels
+// Counters: blocks that are done; units of gate and up of a tile; units of down of ROWS channels; the
+// shared expert's units of gate and up.
+constexpr int OF_DOWN = 1 + MAX_PAIRS, OF_SHARED = OF_DOWN + DOWN_UNITS;
+constexpr int COUNTERS = OF_SHARED + (SHARED_BLOCKS ? 1 : 0);
 constexpr u32 CODE = 0x01C001C0, SIGN = 0x80008000;
 
 struct Params {
@@ -45,12 +53,15 @@ struct Params {
     const float *g1, *g3, *g2;  // [E] global scales or null
     const u16* shared;       // [T, D] BF16 or null
     u16* out;                // [T, D] BF16
-    u16* hidden;             // [T K, F] BF16
-    float* partial;          // [T K, D]
-    int* counters;           // [1 + MAX_PAIRS + D / ROWS], zero before and after
+    u16* hidden;             // [T K, F] BF16; a row more for each token with SHARED_BLOCKS, here
+    float* partial;          // [T K, D] and here
+    int* counters;           // [COUNTERS], zero before and after
     int T, first;
     float limit;
 };
+
+// Experts whose pairs are counted; lists of few pairs are made without.
+constexpr int COUNTED = MAX_PAIRS > 32 ? E : 1;
 
 struct Smem {
     int id[MAX_PAIRS];       // expert of a pair, or -1
@@ -58,7 +69,7 @@ struct Smem {
     int list[MAX_PAIRS];     // pairs by expert, ascending inside one
     int expert[MAX_PAIRS];   // of a tile: up to TOKENS pairs of one expert, in the order of the list
     int start[MAX_PAIRS + 1];  // of the tiles
-    int count[E], first[E];
+    int count[COUNTED], first[COUNTED];
     int tiles;
     bool is_last;
 };
@@ -275,8 +286,11 @@ __device__ __forceinline__ float keep_nan(float value, float a, float b) {
     return (a != a || b != b) ? __uint_as_float(0x7FC00000) : value;
 }
 
-// The first unit of block b when `units` are dealt to all blocks in order.
-__device__ __forceinline__ int first_unit(int units, int b) { return (u64)units * b / gridDim.x; }
+// The first unit of block b when `units` are dealt in order to all that have any. In 32 bits: it
+// stands between the choice of experts and the first copy, and with 64 a division is a call.
+__device__ __forceinline__ int first_unit(int units, int b) {
+    return (u32)units * (b - SHARED_BLOCKS) / (gridDim.x - SHARED_BLOCKS);
+}
 
 // The units of one block as the copies see them: they run STAGES - 1 stages ahead.
 struct Producer {
@@ -349,7 +363,8 @@ __device__ __forceinline__ void combine(const Params& p, const Smem& s, int toke
     float total = 0.0f;
 #pragma unroll
     for (int k = 0; k < K_EXPERTS; k++) total += part[k];
-    if (p.shared) total += from_bf16(p.shared[(u64)token * D + d]);
+    if (SHARED_BLOCKS) total += __ldcg(p.partial + (u64)(p.T * K_EXPERTS + token) * D + d);
+    else if (p.shared) total += from_bf16(p.shared[(u64)token * D + d]);
     p.out[(u64)token * D + d] = to_bf16(total);
 }
 
@@ -359,9 +374,10 @@ __device__ void combine_all(const Params& p, const Smem& s) {
     const int groups = (p.T + AT_ONCE - 1) / AT_ONCE;
     for (int piece = blockIdx.x; piece < DOWN_UNITS * groups; piece += gridDim.x) {
         const int block = piece / groups, token = piece % groups * AT_ONCE + threadIdx.x / ROWS;
-        if (s.tiles) {
+        const int parts = s.tiles + SHARED_PARTS;
+        if (parts) {
             if (threadIdx.x == 0)
-                while (load_acquire(p.counters + 1 + MAX_PAIRS + block) < s.tiles) __nanosleep(20);
+                while (load_acquire(p.counters + OF_DOWN + block) < parts) __nanosleep(20);
             __syncthreads();
         }
         if (token < p.T) combine(p, s, token, block * ROWS + threadIdx.x % ROWS);
@@ -444,29 +460,13 @@ __device__ __forceinline__ void run_units(
             store_partial(p, s, sum, expert, begin, count, block * ROWS + warp * 16 + g);
         else
             store_hidden(p, s, sum, expert, begin, count, block * HIDDEN_ROWS + warp * 8 + g);
-        finish(p.counters + 1 + (is_down ? MAX_PAIRS + block : tile));
+        finish(p.counters + (is_down ? OF_DOWN + block : 1 + tile));
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-moe_routed_kernel(
-    const u16* x, const int* ids, const float* routing, const u8* w1, const u8* s1, const u8* w3,
-    const u8* s3, const u8* w2, const u8* s2, const float* g1, const float* g3, const float* g2,
-    const u16* shared, u16* out, u16* hidden, float* partial, int* counters, int T, int first,
-    float limit) {
-    extern __shared__ uint4 xs[];  // tokens, then the rings of the warps
-    __shared__ Smem s;
-    const Params p = {x, ids, routing, w1, s1, w3, s3, w2, s2, g1, g3, g2, shared, out, hidden,
-                      partial, counters, T, first, limit};
-    constexpr int WIDEST = D > F ? D : F;
-    Stage* ring = reinterpret_cast<Stage*>(xs + TOKENS * WIDEST / 8) + threadIdx.x / 32 * STAGES;
-    let_next_start();
-    wait_for_previous();
-    OneToken token;
-    if (TOKENS == 1) token.load(p.x);
-    if (MAX_PAIRS <= 32) make_short_lists(s, p, T * K_EXPERTS);
-    else make_lists(s, p, T * K_EXPERTS);
-    if (s.tiles == 0) return combine_all(p, s);  // the shared expert alone
+// All units of a block; a token that is the only one has been loaded.
+__device__ __forceinline__ void run_routed(
+    const Params& p, Smem& s, Stage* ring, uint4* xs, OneToken& token) {
     Producer c;
     begin(c, p, s, 0);
     if (c.unit == c.end) begin(c, p, s, 1);
@@ -481,10 +481,48 @@ moe_routed_kernel(
     for (int is_down = 0; is_down < 2; is_down++) {
         run_units(p, s, c, ring, slot, xs, is_down);
     }
+}
+
+// The sums, and counters that are zero again.
+__device__ __forceinline__ void leave(const Params& p, Smem& s) {
     combine_all(p, s);
     __syncthreads();
     if (threadIdx.x == 0) s.is_last = atomicAdd(p.counters, 1) == gridDim.x - 1;
     __syncthreads();
-    if (s.is_last)  // nobody reads the counters any more: leave them zero
-        for (int i = threadIdx.x; i < 1 + MAX_PAIRS + DOWN_UNITS; i += THREADS) p.counters[i] = 0;
+    if (s.is_last)  // nobody reads the counters any more
+        for (int i = threadIdx.x; i < COUNTERS; i += THREADS) p.counters[i] = 0;
 }
+
+__device__ __forceinline__ void make_all_lists(Smem& s, const Params& p) {
+    if constexpr (MAX_PAIRS <= 32) make_short_lists(s, p, p.T * K_EXPERTS);
+    else make_lists(s, p, p.T * K_EXPERTS);
+}
+
+constexpr int WIDEST = D > F ? D : F;
+
+// What a warp copies into, behind the tokens.
+__device__ __forceinline__ Stage* ring_of(uint4* xs) {
+    return reinterpret_cast<Stage*>(xs + TOKENS * WIDEST / 8) + threadIdx.x / 32 * STAGES;
+}
+
+#if !SHARED_BLOCKS
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+moe_routed_kernel(
+    const u16* x, const int* ids, const float* routing, const u8* w1, const u8* s1, const u8* w3,
+    const u8* s3, const u8* w2, const u8* s2, const float* g1, const float* g3, const float* g2,
+    const u16* shared, u16* out, u16* hidden, float* partial, int* counters, int T, int first,
+    float limit) {
+    extern __shared__ uint4 xs[];  // tokens, then the rings of the warps
+    __shared__ Smem s;
+    const Params p = {x, ids, routing, w1, s1, w3, s3, w2, s2, g1, g3, g2, shared, out, hidden,
+                      partial, counters, T, first, limit};
+    let_next_start();
+    wait_for_previous();
+    OneToken token;
+    if (TOKENS == 1) token.load(p.x);
+    make_all_lists(s, p);
+    if (s.tiles == 0) return combine_all(p, s);  // the shared expert alone
+    run_routed(p, s, ring_of(xs), xs, token);
+    leave(p, s);
+}
+#endif

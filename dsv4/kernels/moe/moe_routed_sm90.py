@@ -26,10 +26,11 @@ CONFIG = {"U": 2, "STAGES": 3}
 # tokens up to -> columns of the tensor-core tile in use, warps of a block, blocks on an SM. Few
 # tokens of a step share an expert; where more do, its weights are read again from L2.
 PLANS = {1: (1, 4, 4), 8: (4, 4, 3), MAX_TOKENS: (8, 16, 1)}
+TEXT = Path(__file__).with_suffix(".cu")
 
 
-def moe_routed_kernel(T: int, K: int, D: int, F: int, E: int, format: str) -> tuple:
-    """The source for these sizes and its bytes of shared memory."""
+def plan(T: int, K: int, D: int, F: int, E: int, format: str) -> dict[str, int]:
+    """The constants of the source."""
     most = next(most for most in PLANS if most >= T)
     tokens, warps, blocks = PLANS[most]
     while F % (8 * warps) or D % (16 * warps):
@@ -39,12 +40,17 @@ def moe_routed_kernel(T: int, K: int, D: int, F: int, E: int, format: str) -> tu
     defines = CONFIG | {
         "D": D, "F": F, "E": E, "K_EXPERTS": K, "MAX_PAIRS": most * K, "TOKENS": tokens,
         "NVFP4": int(format == "nvfp4"), "GROUP": GROUPS[format], "WARPS": warps,
-        "MIN_BLOCKS": blocks,
+        "MIN_BLOCKS": blocks, "SHARED_BLOCKS": 0,
     }  # fmt: skip
     if D % (128 * defines["U"]) or F % (128 * defines["U"]):
         defines["U"] = 1
-    path = Path(__file__).with_suffix(".cu")
-    source = cuda.Source.of(path, "moe_routed_kernel", defines, (DEVICE,))
+    return defines
+
+
+def moe_routed_kernel(T: int, K: int, D: int, F: int, E: int, format: str) -> tuple:
+    """The source for these sizes and its bytes of shared memory."""
+    defines = plan(T, K, D, F, E, format)
+    source = cuda.Source.of(TEXT, "moe_routed_kernel", defines, (DEVICE,))
     return source, shared_bytes(defines)
 
 
@@ -77,7 +83,7 @@ def launch(
     check_aligned(8, s1=s1, s3=s3, s2=s2)
     source, num_bytes = moe_routed_kernel(T, K, D, F, E, format)
     kernel = cuda.load(source, x.device, num_bytes)
-    counters = cuda.zeroed_counters(x.device, 1 + MAX_TOKENS * K + D // 16)
+    counters = cuda.zeroed_counters(x.device, num_counters(K, D))
     g1, g3, g2 = (None, None, None) if global_scale is None else global_scale.unbind()
     y, hidden, partial = out
     threads = 32 * dict(source.defines)["WARPS"]
@@ -89,6 +95,11 @@ def launch(
         min(kernel.resident_blocks(threads), units), threads, x, ids, routing, w1, s1, w3, s3,
         w2, s2, g1, g3, g2, shared, y, hidden, partial, counters, T, first_expert, float(limit),
     )  # fmt: skip
+
+
+def num_counters(K: int, D: int) -> int:
+    """Counters that a launch finds zero, and leaves so; for all numbers of tokens the same."""
+    return 2 + MAX_TOKENS * K + D // 16
 
 
 def sources() -> list[tuple[cuda.Source, str]]:

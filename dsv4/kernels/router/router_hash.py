@@ -20,8 +20,8 @@ def router_hash_kernel(
     logits_ptr, tid2eid_ptr, token_ptr, ids_ptr, weights_ptr, T, V, scaling,
     E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    let_next_start()
     wait_for_previous()
+    let_next_start()  # not before: moe_with_shared reads what was written ahead of the logits
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     kk = tl.arange(0, BLOCK_K)[None, :]
     is_row = (t < T) & (kk < K)

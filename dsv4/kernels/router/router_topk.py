@@ -29,12 +29,12 @@ def router_topk_kernel(
     E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    let_next_start()
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     e, kk = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
     is_row, is_expert = t < T, e < E
     bias = tl.load(bias_ptr + e, is_expert, 0.0)
     wait_for_previous()
+    let_next_start()  # not before: moe_with_shared reads what was written ahead of the logits
     is_token = is_row
     if padding_ptr is not None:
         is_token = is_row & (tl.load(padding_ptr + t, is_row, 1) == 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from dsv4.core.expert_tiles import COLUMNS, ROWS, from_tiles, to_tiles
+from dsv4.testing.cases.linear import fp8_weight
 
 GROUPS = {"mxfp4": 32, "nvfp4": 16}
 LIMIT = 10.0
@@ -84,6 +85,16 @@ class MoeCase:
     def args_w4a8(self) -> dict[str, Any]:
         """Keyword arguments of the op that rounds tokens to FP8; for MXFP4."""
         return {k: v for k, v in self.args().items() if k not in ("global_scale", "format")}
+
+    def args_with_shared(self, scale_dtype: str = "F8_E8M0") -> dict[str, Any]:
+        """Keyword arguments of the op that has the shared expert's weights, not its result."""
+        D, F = self.x.shape[1], self.weights[0].shape[1] * ROWS
+        device = str(self.x.device)
+        gate_up, gate_up_scale = fp8_weight(2 * F, D, scale_dtype, 1, device)
+        down, down_scale = fp8_weight(D, F, scale_dtype, 2, device)
+        shared = {"gate_up": gate_up, "gate_up_scale": gate_up_scale, "down": down,
+                  "down_scale": down_scale, "after_router": False}  # fmt: skip
+        return {k: v for k, v in self.args().items() if k != "shared"} | shared
 
     def wide(self) -> MoeCase:
         """The same in FP64, for the oracle."""
