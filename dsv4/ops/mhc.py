@@ -8,7 +8,8 @@ from dsv4.core.dispatch import select
 from dsv4.core.op import dsv4_op
 from dsv4.kernels import mhc as kernels
 
-# Best first. All but the last of each take BF16 streams of some widths and numbers of tokens.
+# Best first. All but the last of each take BF16 streams of some widths and numbers of tokens; those
+# that make maps, some eps.
 MHC_POST_PRE = (
     kernels.mhc_post_pre_many_sm90,
     kernels.mhc_post_pre_sm90,
@@ -20,10 +21,10 @@ MHC_POST = (kernels.mhc_post.SPEC,)
 HC_HEAD_NORM = (kernels.hc_head_norm_sm90, kernels.hc_head_norm)
 
 
-def _kernel(modules: tuple[ModuleType, ...], x: Tensor) -> ModuleType:
-    """The first that dtype, width, number of tokens and device fit."""
+def _kernel(modules: tuple[ModuleType, ...], x: Tensor, eps: float | None = None) -> ModuleType:
+    """The first that dtype, width, number of tokens, eps of maps and device fit."""
     *wide, portable = modules
-    fitting = [m for m in wide if x.dim() == 3 and m.why_not(x) is None]
+    fitting = [m for m in wide if x.dim() == 3 and m.why_not(x, eps=eps) is None]
     found = (*fitting, portable)
     spec = select(tuple(m.SPEC for m in found), x.device)
     return next(m for m in found if m.SPEC is spec)
@@ -36,7 +37,7 @@ def mhc_post_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See dsv4.reference.mhc.mhc_post_pre."""
     args = (o, x, post, comb, fn, scale, base, norm, iters, norm_eps, eps, quantise)
-    kernel = _kernel(MHC_POST_PRE if quantise else MHC_POST_PRE_FEW, x)
+    kernel = _kernel(MHC_POST_PRE if quantise else MHC_POST_PRE_FEW, x, eps)
     out = kernel.outputs(*args)
     kernel.launch(*args, out)
     streams, y, new_post, new_comb, value, fp8_scale = out[:6]
@@ -50,7 +51,7 @@ def mhc_pre_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See dsv4.reference.mhc.mhc_pre_norm."""
     args = (x, fn, scale, base, norm, iters, norm_eps, eps, quantise)
-    kernel = _kernel(MHC_PRE_NORM, x)
+    kernel = _kernel(MHC_PRE_NORM, x, eps)
     out = kernel.outputs(*args)
     kernel.launch(*args, out)
     y, post, comb, value, fp8_scale = out[:5]

@@ -15,7 +15,7 @@ from dsv4.ops import mhc as ops
 from dsv4.reference import mhc as oracle
 from dsv4.reference.quant import fp8_act_quantize
 from dsv4.testing.cases import DEVICE
-from dsv4.testing.cases.mhc import OPS, mhc_case, wide_case
+from dsv4.testing.cases.mhc import OPS, hard_mixes, maps_case, mhc_case, wide_case
 from dsv4.testing.numeric import assert_as_exact_as, assert_bits_equal
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -100,6 +100,18 @@ def test_maps_of_extreme_mixes() -> None:
     for name in ("post", "comb"):
         assert_as_exact_as(name, got[name], same[name], exact[name])
     assert bool((got["comb"].sum(dim=1) - 1).abs().max() < 1e-4)
+
+
+@pytest.mark.parametrize(("iters", "eps"), [(1, 1e-6), (2, 1e-2), (20, 1e-6), (20, 0.0)])
+@pytest.mark.parametrize("op", WITH_MAPS)
+def test_maps_of_given_mixes(op: str, iters: int, eps: float) -> None:
+    """Mixes without an error of their own: what is left is Sinkhorn's."""
+    mixes = hard_mixes(7)
+    if eps == 0:  # of columns without weight the oracle makes NaN
+        mixes = mixes[mixes.abs().amax(1) <= 21]
+    args = maps_case(op, mixes, 256, iters=iters, eps=eps, device=DEVICE)
+    exact, same = (named(op, getattr(oracle, op)(**a)) for a in (wide_case(args), args))
+    assert_as_exact_as("comb", run(op, args)["comb"], same["comb"], exact["comb"])
 
 
 @pytest.mark.parametrize("D", [256, 4096, 7168] if DEVICE == "cuda" else [128])
@@ -248,6 +260,14 @@ def test_which_kernel_takes_how_many_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     ):  # fmt: skip
         ops.mhc_post_pre(**mhc_case("mhc_post_pre", T, D, quantise=quantise))
         assert used.pop() == want, (T, D, quantise)
+    for T, eps, want in (
+        (1, 1e-7, few),
+        (1, 9e-8, portable),
+        (least, 0.0, portable),
+        (9, 2.0, portable),
+    ):
+        ops.mhc_post_pre(**mhc_case("mhc_post_pre", T, 1024) | {"eps": eps})
+        assert used.pop() == want, (T, eps)
 
 
 @pytest.mark.parametrize("name", ["mhc_post_pre_few_sm90", "mhc_post_pre_sm90"])
@@ -287,6 +307,20 @@ def test_many_tokens_refuse_few_by_name() -> None:
         (torch.zeros(least, 4, 1280, dtype=BF16), "a multiple of 1024"),
     ):
         assert reason in (kernel.why_not(other) or "")
+
+
+@pytest.mark.parametrize("eps", [0.0, 9e-8, 1.1, float("nan")])
+def test_kernels_for_hopper_refuse_an_eps_by_name(eps: float) -> None:
+    """Beyond these, what their Sinkhorn multiplies may leave FP32."""
+    for name, T, error in (
+        ("mhc_post_pre_few_sm90", 1, KernelUnavailable), ("mhc_post_pre_sm90", 1, ValueError),
+        ("mhc_post_pre_many_sm90", 256, KernelUnavailable), ("mhc_pre_norm_sm90", 1, ValueError),
+    ):  # fmt: skip
+        kernel = getattr(kernels, name)
+        op = "mhc_pre_norm" if kernel is kernels.mhc_pre_norm_sm90 else "mhc_post_pre"
+        args = mhc_case(op, T, 1024) | {"eps": eps}
+        with pytest.raises(error, match=f"eps: expected a number from 1e-07 to 1, got {eps}"):
+            kernel.launch(**args, out=kernel.outputs(**args))
 
 
 @pytest.mark.parametrize("D", range(1024, 7169, 1024))

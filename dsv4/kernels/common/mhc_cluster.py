@@ -16,6 +16,7 @@ from dsv4.kernels.common.mhc import N
 
 CTAS, TILE = 16, 16  # blocks of a cluster, tokens of a tile
 MAX_D = 7168  # what fits into shared memory
+LEAST_EPS, MOST_EPS = 1e-7, 1.0  # where what Sinkhorn multiplies stays within FP32 (mhc_device.cu)
 DEVICE = Path(__file__).with_name("mhc_device.cu")  # stands in front of the kernels' text
 _POINTERS = (
     "o", "x", "post", "comb", "fn", "scale", "base", "norm", "streams", "y", "new_post", "new_comb",
@@ -35,13 +36,15 @@ class Args(ctypes.Structure):
     ]
 
 
-def why_not(x: Tensor) -> str | None:
-    """Why these streams need the portable kernel, or None."""
+def why_not(x: Tensor, eps: float | None = None) -> str | None:
+    """Why these streams need the portable kernel, or None. eps: of maps that are to be made."""
     D = x.shape[-1]
     if x.dtype is not torch.bfloat16:
         return f"x: expected torch.bfloat16, got {x.dtype}"
     if D % 1024 or not 0 < D <= MAX_D:
         return f"x: expected a last dim that is a multiple of 1024 up to {MAX_D}, got {D}"
+    if eps is not None and not LEAST_EPS <= eps <= MOST_EPS:
+        return f"eps: expected a number from {LEAST_EPS:g} to {MOST_EPS:g}, got {eps}"
     return None
 
 
@@ -71,7 +74,7 @@ def start(
     eps: float, quantise: bool,
 ) -> None:  # fmt: skip
     """Launch for the tokens of x. tensors: the pointers of `Args`; those not named are null."""
-    if reason := why_not(x):
+    if reason := why_not(x, eps if rows > N else None):
         raise ValueError(reason)
     vectors = "o", "x", "fn", "streams", "y"
     check_aligned(16, **{key: tensors[key] for key in vectors if key in tensors})

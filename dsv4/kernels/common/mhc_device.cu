@@ -279,38 +279,67 @@ __device__ __forceinline__ void store_fp8(
   if (column % 128 == 0) scale[t * (D / 128) + column / 128] = byte;
 }
 
-// comb of one token, of scaled and shifted mixes; every lane holds all of it.
+// To about half a unit in the last place, without the branch of a division. x: 1e-37 .. 1e37
+__device__ __forceinline__ float precise_reciprocal(float x) {
+  const float r = reciprocal(x);
+  return fmaf(r, fmaf(-x, r, 1.0f), r);
+}
+
+// Half a round: to_k = sum_i c_ik / from_i + eps to_k; c_ki if IS_ROWS. 1 / from_i is the product
+// of the three others by 1 / that of all four, which comes when the sums that it scales are there:
+// its unit is slow, and each half round waits for the one before.
+template <bool IS_ROWS>
+__device__ __forceinline__ void balance(
+    const float (&c)[N][N], const float (&from)[N], float (&to)[N], float eps) {
+  const float first = from[0] * from[1], last = from[2] * from[3];
+  const float others[N] = {from[1] * last, from[0] * last, from[3] * first, from[2] * first};
+  const float all = reciprocal(first * last);
+#pragma unroll
+  for (int k = 0; k < N; k++) {
+    float sum = others[0] * (IS_ROWS ? c[k][0] : c[0][k]);
+#pragma unroll
+    for (int i = 1; i < N; i++) sum = fmaf(others[i], IS_ROWS ? c[k][i] : c[i][k], sum);
+    to[k] = fmaf(sum, all, eps * to[k]);
+  }
+}
+
+// comb of one token, of scaled and shifted mixes; every lane holds all of it. From the softmax to
+// the last columns it is c_jk / (row_j column_k): to divide a column by its sum + eps, that is by
+// sum_j c_jk / (row_j column_k) + eps, is to multiply column_k by it.
+//
+// Range. c lies in eps .. 1 + eps, so row_j differ by a factor of 1 / eps at most, and column_k do.
+// No element exceeds 1 and rounds make either product of four smaller, so these lie in eps^4 .. 1
+// or so: within FP32, with all that is multiplied, for an eps of 1e-7 and more; why_not says so.
 __device__ __forceinline__ void sinkhorn(float (&c)[N][N], int iters, float eps) {
+  float row[N], column[N];
 #pragma unroll
   for (int j = 0; j < N; j++) {
     const float top = fmaxf(fmaxf(c[j][0], c[j][1]), fmaxf(c[j][2], c[j][3]));
 #pragma unroll
     for (int k = 0; k < N; k++) c[j][k] = expf(c[j][k] - top);
-    const float r = 1.0f / ((c[j][0] + c[j][1]) + (c[j][2] + c[j][3]));
+    const float r = precise_reciprocal((c[j][0] + c[j][1]) + (c[j][2] + c[j][3]));
 #pragma unroll
     for (int k = 0; k < N; k++) c[j][k] = fmaf(c[j][k], r, eps);
+    row[j] = column[j] = 1.0f;
   }
 #pragma unroll 1
-  for (int i = 0; i < 2 * iters - 1; i++) {
-    // Columns first; transposed, the next round does the rows.
-    float sum[N], r[N];
+  for (int i = 1; i < iters; i++) {
+    balance<false>(c, row, column, eps);
+    balance<true>(c, column, row, eps);
+  }
+  // The last columns element by element: what 1 / row_j is off by then counts in their sums too.
 #pragma unroll
-    for (int k = 0; k < N; k++) sum[k] = (c[0][k] + c[1][k]) + (c[2][k] + c[3][k]) + eps;
+  for (int j = 0; j < N; j++) {
+    const float r = reciprocal(row[j]);
 #pragma unroll
-    for (int k = 0; k < N; k += 2) {  // one reciprocal for two: they take turns on their unit
-      const float both = reciprocal(sum[k] * sum[k + 1]);
-      r[k] = both * sum[k + 1];
-      r[k + 1] = both * sum[k];
-    }
-    float next[N][N];
+    for (int k = 0; k < N; k++) c[j][k] = __fmul_rn(c[j][k], r);  // in no FMA of the sums
+  }
 #pragma unroll
-    for (int j = 0; j < N; j++)
+  for (int k = 0; k < N; k++) {
+    const float sum = (c[0][k] + c[1][k]) + (c[2][k] + c[3][k]);
+    const float r = precise_reciprocal(fmaf(eps, column[k], sum));
 #pragma unroll
-      for (int k = 0; k < N; k++) next[k][j] = c[j][k] * r[k];
-#pragma unroll
-    for (int j = 0; j < N; j++)
-#pragma unroll
-      for (int k = 0; k < N; k++) c[j][k] = next[j][k];
+    for (int j = 0; j < N; j++) c[j][k] *= r;
   }
 }
 
@@ -331,10 +360,9 @@ __device__ __forceinline__ void store_maps(
 #pragma unroll
     for (int k = 0; k < N; k++) c[j][k] = __shfl_sync(~0u, v, 2 * N + j * N + k);
   sinkhorn(c, iters, eps);
-  // An odd number of half rounds has left it transposed.
   if (lane < N)
 #pragma unroll
     for (int j = 0; j < N; j++)
       new_comb[t * N * N + j * N + lane] =
-          lane == 0 ? c[0][j] : lane == 1 ? c[1][j] : lane == 2 ? c[2][j] : c[3][j];
+          lane == 0 ? c[j][0] : lane == 1 ? c[j][1] : lane == 2 ? c[j][2] : c[j][3];
 }

@@ -51,7 +51,7 @@ def most_tokens(D: int) -> int:
     return MAX_TOKENS if D <= 4096 else MAX_WIDE_TOKENS
 
 
-def why_not(x: Tensor, quantise: bool = False) -> str | None:
+def why_not(x: Tensor, quantise: bool = False, eps: float | None = None) -> str | None:
     """Why these streams need another kernel, or None."""
     T, D = x.shape[0], x.shape[-1]
     most = most_tokens(D)
@@ -59,7 +59,7 @@ def why_not(x: Tensor, quantise: bool = False) -> str | None:
         return "quantise: makes no FP8 copy"
     if most < T:
         return f"x: expected at most {most} tokens, got {T}"
-    if reason := mhc_cluster.why_not(x):
+    if reason := mhc_cluster.why_not(x, eps):
         return reason
     if x.is_cuda:  # blocks wait for each other
         fit = MIN_BLOCKS * torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -77,7 +77,7 @@ def launch(
     T = check(o, x, post, comb, fn, scale, base, norm, iters, quantise, out)["T"]
     if T == 0:
         return
-    if reason := why_not(x, quantise):
+    if reason := why_not(x, quantise, eps):
         raise KernelUnavailable(f"{SPEC.name}: {reason}: call torch.ops.dsv4.mhc_post_pre")
     streams, y, new_post, new_comb, *_ = out
     check_aligned(16, o=o, x=x, post=post, comb=comb, fn=fn, streams=streams, y=y)

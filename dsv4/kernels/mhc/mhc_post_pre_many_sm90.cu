@@ -356,12 +356,11 @@ __device__ __forceinline__ void store_combs(const Args &a, const Walk &walk, int
     for (int k = 0; k < N; k++) c[j][k] = __uint_as_float(word(v, k));
   }
   sinkhorn(c, a.iters, a.eps);
-  // An odd number of half rounds has left it transposed.
 #pragma unroll
   for (int j = 0; j < N; j++) {
     uint4 v;
 #pragma unroll
-    for (int k = 0; k < N; k++) word(v, k) = __float_as_uint(c[k][j]);
+    for (int k = 0; k < N; k++) word(v, k) = __float_as_uint(c[j][k]);
     store16(a.new_comb + (t * N + j) * N, v);
   }
 }

@@ -51,12 +51,12 @@ class Args(ctypes.Structure):
     ]  # fmt: skip
 
 
-def why_not(x: Tensor) -> str | None:
+def why_not(x: Tensor, eps: float | None = None) -> str | None:
     """Why these streams need another kernel, or None."""
     T, least = x.shape[0], CONFIG["MIN_TOKENS"]
     if least > T:
         return f"x: expected at least {least} tokens, got {T}"
-    if reason := mhc_cluster.why_not(x):
+    if reason := mhc_cluster.why_not(x, eps):
         return reason
     if x.is_cuda:  # a group waits for each other
         sms = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -110,7 +110,7 @@ def launch(
     T = check(o, x, post, comb, fn, scale, base, norm, iters, quantise, out[:6])["T"]
     if T == 0:
         return
-    if reason := why_not(x):
+    if reason := why_not(x, eps):
         raise KernelUnavailable(f"{SPEC.name}: {reason}: call torch.ops.dsv4.mhc_post_pre")
     names = ("streams", "y", "new_post", "new_comb", "value", "fp8_scale", "partial")
     tensors = dict(zip(names, out, strict=True))

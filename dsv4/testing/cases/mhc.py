@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 import torch
@@ -40,6 +41,49 @@ def mhc_case(
     if op in ("mhc_post_pre", "mhc_pre_norm"):
         args["quantise"] = quantise
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+def maps_case(
+    op: str, mixes: Tensor, D: int, *, iters: int = ITERS, eps: float = EPS, device: str = "cpu"
+) -> dict[str, Any]:
+    """Arguments whose maps come of exactly these mixes of comb [T, N N], in any precision.
+
+    A token is one element that is 1, at a place of its own, which takes its mixes out of fn. Its
+    RMS, without an eps, is a power of two: N D is one of four. The gates are 1/2.
+    """
+    T, root = len(mixes), isqrt(N * D)
+    if root * root != N * D or root & (root - 1) or T > N * D:
+        raise ValueError(f"D: expected N D to be a power of four and at least {T}, got {D}")
+    place = torch.arange(T) * (N * D // max(T, 1))
+    x, fn = torch.zeros(T, N * D, dtype=torch.bfloat16), torch.zeros(N * (N + 2), N * D)
+    x[torch.arange(T), place] = 1
+    fn[2 * N :, place] = (mixes.T / root).float()
+    args: dict[str, Any] = {"x": x.view(T, N, D)}
+    if op == "mhc_post_pre":  # new streams are the old ones
+        post, comb = torch.zeros(T, N), torch.eye(N).expand(T, N, N).contiguous()
+        args = {"o": x.view(T, N, D)[:, 0].contiguous(), **args, "post": post, "comb": comb}
+    args |= {"fn": fn, "scale": torch.ones(3), "base": torch.zeros(N * (N + 2))}
+    args |= {"norm": torch.ones(D), "iters": iters, "norm_eps": 0.0, "eps": eps, "quantise": False}
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+def hard_mixes(each: int, seed: int = 0) -> Tensor:
+    """Mixes [6 each, N N] from which Sinkhorn has a long way to go, or none."""
+    g = Generator().manual_seed(seed)
+    shape = each, N, N
+
+    def some(*size: int) -> Tensor:
+        return torch.rand(*size, generator=g)
+
+    gain = torch.tensor([1.0, 3.0, 10.0, 60.0, 300.0, 1e4, 1e30])[torch.arange(each) % 7]
+    normal = torch.randn(shape, generator=g) * gain[:, None, None]
+    one_hot = torch.zeros(shape).scatter_(2, (some(each, N, 1) * N).long(), 1.0)
+    column = torch.zeros(shape).index_fill_(2, torch.tensor(1), 1.0)
+    steps = torch.ones(N, N).triu(-1).expand(shape)  # only a zero element would make it balanced
+    levels = (some(*shape) * N).floor() * 7
+    size = 50 * some(each, 1, 1)
+    parts = normal, one_hot * 1e4, one_hot * size, column * size, steps * size, levels
+    return torch.cat(parts).flatten(1)
 
 
 def wide_case(args: dict[str, Any]) -> dict[str, Any]:
