@@ -18,6 +18,7 @@ from dsv4.ops.activation import gate_up_swiglu
 from dsv4.ops.moe import moe_routed, moe_with_shared
 from dsv4.ops.router import router_hash, router_topk
 
+JOINED = {"moe_with_shared", "gate_up_swiglu", "moe_routed_shared"}  # one launch where one row is
 FEW_ROWS = 64  # up to which the op takes its kernels for few rows
 
 
@@ -95,7 +96,7 @@ class Moe:
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, D] after the block's norm -> [T, D]"""
-        joined = len(x) == 1 and not batch.is_prefill and "moe_with_shared" not in self.unfused
+        joined = len(x) == 1 and not batch.is_prefill and not JOINED & self.unfused
         out = self._joined(x, batch) if joined else self._chain(x, batch)
         tap(f"{self.name}.out", out)
         return out
@@ -108,15 +109,17 @@ class Moe:
 
     def _joined(self, x: Tensor, batch: Batch) -> Tensor:
         """All experts in one launch, with the bits of `_chain`. It starts while the router runs."""
-        e, shared = self.experts, self.shared
+        e, shared, after_router = self.experts, self.shared, True  # no launch between
         return moe_with_shared(
             x, *self._choose(x, batch), *e.matrices, e.global_scale, shared.gate_up.weight,
             shared.gate_up.scale, shared.down.weight, shared.down.scale,
-            self.config.swiglu_limit, 0, e.format, True,
+            self.config.swiglu_limit, 0, e.format, after_router,
         )  # fmt: skip
 
     def _chain(self, x: Tensor, batch: Batch) -> Tensor:
-        """The shared expert goes first: its weights come while the norm before it runs. The routed
+        """The launches that `_joined` stands for.
+
+        The shared expert goes first: its weights come while the norm before it runs. The routed
         experts start only when all kernels before them are done (kernels.moe.moe_routed_sm90).
         """
         e, shared = self.experts, self.shared(x)

@@ -59,10 +59,11 @@ def moe_with_shared(
     after_router: bool,
 ) -> Tensor:  # fmt: skip
     """See dsv4.reference.experts.moe_with_shared."""
+    with_shared.check_shared(x, w1, gate_up, gate_up_scale, down, down_scale)
     routed = x, ids, routing, w1, s1, w3, s3, w2, s2, global_scale
     options = limit, first_expert, format
-    takes = with_shared.takes(x, gate_up, gate_up_scale, down_scale)
-    if takes and MOE_WITH_SHARED.why_not(x.device) is None:
+    reason = with_shared.why_not(x, gate_up, gate_up_scale, down_scale)
+    if (reason or MOE_WITH_SHARED.why_not(x.device)) is None:
         args = *routed, gate_up, gate_up_scale, down, down_scale, *options, after_router
         out = with_shared.outputs(*args)
         MOE_WITH_SHARED.launch(*args, out)

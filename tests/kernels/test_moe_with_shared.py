@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv4.core.errors import KernelUnavailable
+from dsv4.kernels.common import cuda
 from dsv4.kernels.moe import moe_with_shared_sm90 as kernel
 from dsv4.ops import moe as ops
 from dsv4.ops.activation import gate_up_swiglu
@@ -57,8 +59,9 @@ def run(args: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_equals_the_oracle(shape: str, format: str) -> None:
-    case = made(2, shape, format=format)
+@pytest.mark.parametrize("T", [1, 2])
+def test_it_equals_the_oracle(T: int, shape: str, format: str) -> None:
+    case = made(T, shape, format=format)
     args = case.args_with_shared()
     got, same = ops.moe_with_shared(**args), oracle.moe_with_shared(**args)
     exact = oracle.moe_with_shared(**args | {"x": case.x.double()})
@@ -67,8 +70,40 @@ def test_it_equals_the_oracle(shape: str, format: str) -> None:
 
 @pytest.mark.parametrize("scale", ["F8_E8M0", "F32"])
 def test_it_has_the_bits_of_its_parts(scale: str) -> None:
-    args = made(3).args_with_shared(scale)
-    assert_bits_equal("parts", ops.moe_with_shared(**args), parts(args))
+    """Of sizes that the kernel takes; on a CPU the device alone is why it does not."""
+    for T in (1, 3):
+        args = MoeCase.random(T, 512, 512, 4, K=2, has_shared=False, device=DEVICE)
+        args = args.args_with_shared(scale)
+        names = ("x", "gate_up", "gate_up_scale", "down_scale")
+        assert (kernel.why_not(*(args[name] for name in names)) is None) == (T == 1)
+        assert_bits_equal("parts", ops.moe_with_shared(**args), parts(args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", TAKEN)
+def test_the_op_takes_the_kernel_for_one_token(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts have the same bits: they would tell nothing."""
+    seen = []
+
+    def watched(*args: Any) -> None:
+        seen.append(args[0].shape[0])
+        kernel.launch(*args)
+
+    monkeypatch.setattr(ops, "MOE_WITH_SHARED", replace(kernel.SPEC, launch=watched))
+    for T in (2, 1):
+        for scale in ("F8_E8M0", "F32"):
+            ops.moe_with_shared(**made(T, shape).args_with_shared(scale))
+    assert seen == [1, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [1, 7, 40])
+def test_few_blocks_for_the_routed_experts(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has many units, of all experts."""
+    args = made(1, "flash").args_with_shared()
+    want = parts(args)
+    monkeypatch.setattr(cuda.Kernel, "resident_blocks", lambda self, threads: 128 + more)
+    assert_bits_equal("parts", run(args), want)
 
 
 @pytest.mark.gpu
@@ -174,12 +209,27 @@ def test_what_it_takes() -> None:
     }  # fmt: skip
     assert kernel.plan(256, 128) is None
     assert kernel.plan(65536, 2048) is None  # a token does not fit
+    for D, F in ((2048, 3584), (2560, 3584), (2560, 2048), (512, 256)):
+        assert kernel.plan(D, F) is None, (D, F)
     x, up, scale = torch.empty(1, 4096), torch.empty(4096, 1), torch.empty(1)
-    assert kernel.takes(x, up, scale, scale)
-    assert not kernel.takes(x[:0], up, scale, scale)
-    assert not kernel.takes(x.expand(2, -1), up, scale, scale)
-    assert not kernel.takes(x, up, scale, scale.to(torch.float8_e8m0fnu))
-    assert not kernel.takes(x, up, scale.half(), scale.half())
+    assert kernel.why_not(x, up, scale, scale) is None
+    for args, why in (
+        ((x[:0], up, scale, scale), "x: expected one token, got 0"),
+        ((x.expand(2, -1), up, scale, scale), "x: expected one token, got 2"),
+        ((x, up, scale, scale.to(torch.float8_e8m0fnu)), "down_scale: expected torch.float32"),
+        ((x[:, :256], up, scale, scale), "gate_up: expected columns that have halves"),
+    ):
+        assert why in (kernel.why_not(*args) or "")
+
+
+@pytest.mark.gpu
+def test_a_device_too_small_takes_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = made(1, "flash").args_with_shared()
+    names = ("x", "gate_up", "gate_up_scale", "down_scale")
+    few = SimpleNamespace(multi_processor_count=16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: few)
+    why = kernel.why_not(*(args[name] for name in names))
+    assert why == "x: expected a device that holds 256 blocks at once, this one: 64"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +240,8 @@ def test_what_it_takes() -> None:
             lambda a: a["gate_up"][:, 16:].contiguous(),
             r"gate_up: expected shape \[256 256\]",
         ),
+        ("gate_up", lambda a: a["gate_up"][1:], r"gate_up: expected shape \[256 256\]"),
+        ("w1", lambda a: a["w1"][0, 0], "w1: expected shape"),
         ("down", lambda a: a["down"].view(torch.uint8), "down: expected torch.float8_e4m3fn"),
         ("down_scale", lambda a: a["down_scale"].half(), "down_scale: expected torch.float8"),
         (
@@ -197,19 +249,23 @@ def test_what_it_takes() -> None:
             lambda a: a["gate_up_scale"].repeat(1, 2)[:, ::2],
             "gate_up_scale: expected a contiguous tensor",
         ),
-        ("limit", lambda a: 0.0, "limit: expected a positive number"),
+        ("limit", lambda a: 0.0, r"limit: expected a (positive number|number above 0)"),
         ("ids", lambda a: a["ids"].long(), "ids: expected torch.int32"),
     ],
 )
-def test_the_kernel_names_the_bad_argument(name: str, change: Callable, message: str) -> None:
+@pytest.mark.parametrize("whole", [run, lambda args: ops.moe_with_shared(**args)])
+def test_the_bad_argument_is_named(
+    whole: Callable, name: str, change: Callable, message: str
+) -> None:
     args = made(2).args_with_shared()
     with pytest.raises(ValueError, match=message):
-        run(args | {name: change(args)})
+        whole(args | {name: change(args)})
 
 
 def test_what_the_kernel_does_not_take_is_refused_by_name() -> None:
     args = made(2).args_with_shared()
-    with pytest.raises(KernelUnavailable, match=r"moe_with_shared/sm90: expected one token"):
+    why = "moe_with_shared/sm90: x: expected one token, got 2: call torch.ops"
+    with pytest.raises(KernelUnavailable, match=why):
         run(args)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4.core.config import ModelConfig
 from dsv4.core.errors import RequestError
@@ -206,3 +207,42 @@ def test_prompts_of_any_length_take_the_experts_for_many_rows(
     routed = [("moe_routed", *size) for size in ((65, 2), (65, 64), (70, 70))]
     calls = [*routed, ("moe_with_shared", 1, 1)]
     assert seen == [call for call in calls for _ in range(CONFIG.num_hidden_layers)]
+
+
+class Launches(TorchDispatchMode):
+    """Names of what runs, in order; `mark` adds to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def marked(self, op: Callable, before: str = "", after: str = "") -> Callable:
+        def marking(*args: object) -> object:
+            self.names += [before] * bool(before)
+            out = op(*args)
+            self.names += [after] * bool(after)
+            return out
+
+        return marking
+
+
+def test_experts_that_start_early_follow_the_router_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`after_router`: a kernel between that lets them start would not have what the norm wrote."""
+    use_oracles(monkeypatch)
+    seen = Launches()
+    for name in ("router_hash", "router_topk"):
+        monkeypatch.setattr(moe, name, seen.marked(getattr(moe, name), after="router"))
+    whole = moe.moe_with_shared
+    monkeypatch.setattr(moe, "moe_with_shared", seen.marked(whole, before="experts"))
+    one = SingleSequence(production(CONFIG, WEIGHTS))
+    with seen:
+        one.forward(random_ids(CONFIG, 1), one.new_cache())
+    places = [i for i, name in enumerate(seen.names) if name == "experts"]
+    assert len(places) == CONFIG.num_hidden_layers
+    assert [seen.names[i - 1] for i in places] == ["router"] * len(places)

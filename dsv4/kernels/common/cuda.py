@@ -93,7 +93,7 @@ class Kernel:
         self.function = driver_call("cuModuleGetFunction", self.module, source.name.encode())
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         driver_call("cuFuncSetAttribute", self.function, attribute, shared_bytes)
-        self.shared_bytes = shared_bytes
+        self.shared_bytes, self.device = shared_bytes, device
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
 
     @cache  # noqa: B019 (kernels live as long as the process)
@@ -122,7 +122,7 @@ class Kernel:
         """
         config = self._config(overlaps, cluster)
         config.gridDimX, config.blockDimX = grid, threads
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.hStream = torch.cuda.current_stream(self.device).cuda_stream
         if len(args) == 1 and isinstance(args[0], ctypes.Structure):
             pointer = ctypes.pointer(args[0])  # alive until the driver has copied the structure
             parameters: Any = ctypes.addressof(pointer)
@@ -225,7 +225,10 @@ def shared_counters(device: torch.device) -> Iterator[None]:
 
 
 def magic(divisor: int) -> int:
-    """M so that n // divisor is the upper half of n M, for n divisor < 2^32; as int32, 0 for 1."""
+    """M so that n // divisor is the upper half of n M; as int32, and 0 for 1, which has none.
+
+    For n divisor < 2^32, or < 2^32 g where g divides both.
+    """
     M = 2**32 // divisor + 1
     return 0 if divisor == 1 else M - 2**32 * (M >= 2**31)
 

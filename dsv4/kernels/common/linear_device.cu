@@ -1,5 +1,5 @@
-// What the linear kernels of Hopper share: one text, compiled in front of each (linear/*_sm90.cu
-// and moe/moe_routed_sm90.cu).
+// What the linear kernels of Hopper share: one text, compiled in front of each (linear/*_sm90.cu,
+// moe/moe_routed_sm90.cu and, behind that one, moe/moe_with_shared_sm90.cu).
 //
 // Constants: QUANT where products are of FP8, else nothing.
 

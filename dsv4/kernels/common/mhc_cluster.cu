@@ -9,7 +9,8 @@
 // Blocks exchange by st.async, which signals an mbarrier of the receiver: nothing else synchronises
 // them. A token's arithmetic depends on neither its place in a tile nor the number of tokens.
 //
-// Constants: D a multiple of 1024, ROWS 24 (or 4: the head), POST, QUANTISE, NORM_BF16, KERNEL.
+// Constants: D a multiple of 1024, ROWS 24 (or 4: the head), POST, QUANTISE, NORM_BF16, KERNEL; ARGS_BYTES
+// of the launch.
 // Follows mhc_device.cu in one text.
 
 constexpr int COMPUTE = 32 * WARPS, THREADS = COMPUTE + 32;
@@ -38,6 +39,7 @@ struct Args {
   int T, iters;
   float norm_eps, eps;
 };
+static_assert(sizeof(Args) == ARGS_BYTES, "what the host sends");
 
 // ---- PTX
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4.core.errors import KernelUnavailable
 from dsv4.kernels.common import cuda
 from dsv4.kernels.common.checks import check_aligned
 from dsv4.kernels.common.mhc import N
@@ -24,20 +25,19 @@ _POINTERS = (
 )  # fmt: skip
 
 
-class Args(ctypes.Structure):
-    """`struct Args` of the device code."""
+def args_type(*pointers: str) -> type[ctypes.Structure]:
+    """`struct Args` of the device code, with these behind the pointers that all kernels have."""
+    fields = [(name, ctypes.c_void_p) for name in (*_POINTERS, *pointers)]
+    numbers = (("T", ctypes.c_int), ("iters", ctypes.c_int), ("norm_eps", ctypes.c_float),
+               ("eps", ctypes.c_float))  # fmt: skip
+    return type("Args", (ctypes.Structure,), {"_fields_": [*fields, *numbers]})
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("T", ctypes.c_int),
-        ("iters", ctypes.c_int),
-        ("norm_eps", ctypes.c_float),
-        ("eps", ctypes.c_float),
-    ]
+
+Args = args_type()
 
 
 def why_not(x: Tensor, eps: float | None = None) -> str | None:
-    """Why these streams need the portable kernel, or None. eps: of maps that are to be made."""
+    """Why these streams need the portable kernel, or None. eps: of Sinkhorn; the head has none."""
     D = x.shape[-1]
     if x.dtype is not torch.bfloat16:
         return f"x: expected torch.bfloat16, got {x.dtype}"
@@ -55,7 +55,7 @@ def source(
     """The device function `name` for these constants."""
     defines: dict[str, Any] = {
         "KERNEL": name, "D": D, "ROWS": rows, "POST": int(post), "QUANTISE": int(quantise),
-        "NORM_BF16": int(norm_bf16),
+        "NORM_BF16": int(norm_bf16), "ARGS_BYTES": ctypes.sizeof(Args),
     }  # fmt: skip
     return cuda.Source.of(Path(__file__).with_suffix(".cu"), name, defines, (DEVICE,))
 
@@ -75,7 +75,8 @@ def start(
 ) -> None:  # fmt: skip
     """Launch for the tokens of x. tensors: the pointers of `Args`; those not named are null."""
     if reason := why_not(x, eps if rows > N else None):
-        raise ValueError(reason)
+        op = name.removesuffix("_kernel")
+        raise KernelUnavailable(f"{op}/sm90: {reason}: call torch.ops.dsv4.{op}")
     vectors = "o", "x", "fn", "streams", "y"
     check_aligned(16, **{key: tensors[key] for key in vectors if key in tensors})
     T, _, D = x.shape

@@ -28,7 +28,7 @@ from dsv4.kernels.linear.linear_fp8 import REFERENCE, check, outputs
 __all__ = ["CONFIG", "REFERENCE", "SPEC", "launch", "linear_fp8_kernel", "outputs"]
 
 MAX_TOKENS = 64
-MAX_ROWS = 1 << 18  # whose group one multiplication tells, of multiples of 64
+MAX_ROWS = 1 << 18  # whose group one multiplication tells: rows and groups are multiples of 64
 SHARED_BYTES = 227 << 10
 PITCH_BYTES = 68 * 4  # of the sums of one token
 # Columns of the matrix instruction -> steps of weights under way, at most.

@@ -36,19 +36,7 @@ FLAGS = 32  # of the 16 teams that share tiles; 17 are used, a line in all
 VECTORS = ("o", "x", "post", "comb", "fn", "norm", "streams", "y", "new_comb")  # read by 16 bytes
 
 
-class Args(ctypes.Structure):
-    """`struct Args` of the device code."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "o", "x", "post", "comb", "fn", "scale", "base", "norm", "streams", "y", "new_post",
-            "new_comb", "value", "fp8_scale", "partial", "flags",
-        )),
-        ("T", ctypes.c_int),
-        ("iters", ctypes.c_int),
-        ("norm_eps", ctypes.c_float),
-        ("eps", ctypes.c_float),
-    ]  # fmt: skip
+Args = mhc_cluster.args_type("partial", "flags")
 
 
 def why_not(x: Tensor, eps: float | None = None) -> str | None:

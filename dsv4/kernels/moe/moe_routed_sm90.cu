@@ -19,8 +19,9 @@
 // ascending order, until every expert has written its part: the result does not depend on who came
 // when.
 //
-// Blocks wait for each other, so all must run at once: it is launched when the kernels before it are
-// done. The kernel after it may start early. That one's blocks come after the last of these has
+// Blocks wait for each other, so all must run at once: moe_routed_kernel is launched when the kernels
+// before it are done (moe_with_shared_kernel beside the router's blocks, which wait for nothing and
+// end). The kernel after it may start early. That one's blocks come after the last of these has
 // started, and so never hold what these need.
 //
 // Follows linear_device.cu in one text; moe_with_shared_sm90.cu may follow. SHARED_BLOCKS: how many
@@ -36,6 +37,7 @@ static_assert(16 * U <= 32, "a lane copies the scales of at most one row");
 static_assert(TOKENS > 1 || MAX_PAIRS == K_EXPERTS, "one token is staged once");
 static_assert(MAX_PAIRS * (UP_UNITS > DOWN_UNITS ? UP_UNITS : DOWN_UNITS) < 1 << 19,
               "units times up to 8192 blocks within 32 bits");
+// SHARED_: of the shared expert.
 constexpr int SHARED_PARTS = SHARED_BLOCKS ? 2 : 0;  // units of the shared expert for ROWS channels
 // Counters: blocks that are done; units of gate and up of a tile; units of down of ROWS channels; the
 // shared expert's units of gate and up.
@@ -500,9 +502,13 @@ __device__ __forceinline__ void make_all_lists(Smem& s, const Params& p) {
 
 constexpr int WIDEST = D > F ? D : F;
 
-// What a warp copies into, behind the tokens.
+// What warps copy into, behind the tokens, and the part of the caller's.
+__device__ __forceinline__ Stage* rings_of(uint4* xs) {
+    return reinterpret_cast<Stage*>(xs + TOKENS * WIDEST / 8);
+}
+
 __device__ __forceinline__ Stage* ring_of(uint4* xs) {
-    return reinterpret_cast<Stage*>(xs + TOKENS * WIDEST / 8) + threadIdx.x / 32 * STAGES;
+    return rings_of(xs) + threadIdx.x / 32 * STAGES;
 }
 
 #if !SHARED_BLOCKS

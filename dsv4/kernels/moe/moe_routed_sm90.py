@@ -88,13 +88,18 @@ def launch(
     y, hidden, partial = out
     threads = 32 * dict(source.defines)["WARPS"]
     tiles = min(T * K, E + T * K // dict(source.defines)["TOKENS"])  # at most
-    units = tiles * max(F // 8, D // 16) * 32 // threads
+    units = num_units(tiles, D, F, threads)
     # Started when all before it is done: its blocks wait for each other, so all of them must fit on
     # the device, which `resident_blocks` knows of an empty one.
     kernel.launch(
         min(kernel.resident_blocks(threads), units), threads, x, ids, routing, w1, s1, w3, s3,
         w2, s2, g1, g3, g2, shared, y, hidden, partial, counters, T, first_expert, float(limit),
     )  # fmt: skip
+
+
+def num_units(tiles: int, D: int, F: int, threads: int) -> int:
+    """Units of gate and up or of down, whichever has more: beyond that, blocks have no work."""
+    return tiles * max(F // 8, D // 16) * 32 // threads
 
 
 def num_counters(K: int, D: int) -> int:

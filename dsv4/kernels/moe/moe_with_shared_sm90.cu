@@ -204,8 +204,8 @@ moe_with_shared_kernel(
     token.load(p.x);
     if (blockIdx.x < SHARED_BLOCKS) {
         const SharedWeights w = {up, up_scale, down, down_scale};
-        Stage* rings = reinterpret_cast<Stage*>(xs + WIDEST / 8);
-        run_shared(p, s, w, ring_of(xs), xs, reinterpret_cast<float2*>(rings + WARPS * STAGES), token);
+        float2* sums = reinterpret_cast<float2*>(rings_of(xs) + WARPS * STAGES);
+        run_shared(p, s, w, ring_of(xs), xs, sums, token);
     } else {
         wait_for_previous();
         make_all_lists(s, p);

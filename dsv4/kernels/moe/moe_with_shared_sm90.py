@@ -7,7 +7,6 @@ memory bus. Bits are those of linear_fp8, gate_up_swiglu, linear_fp8 and moe_rou
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,13 +21,13 @@ from dsv4.kernels.common.linear_device import DEVICE
 from dsv4.kernels.common.linear_plan import BLOCK, check_scale, cut
 from dsv4.kernels.moe import moe_routed as portable
 from dsv4.kernels.moe import moe_routed_sm90 as routed
+from dsv4.kernels.moe.moe_routed import ROWS
 
 REFERENCE = "dsv4.reference.experts:moe_with_shared"
 CONFIG = routed.CONFIG
-SCALES = torch.float8_e8m0fnu, torch.float32
+SCALES = torch.float8_e8m0fnu, torch.float32  # in which those of the linears come
 
 
-@cache
 def plan(D: int, F: int) -> dict[str, int] | None:
     """What the source has to know of the shared expert; None if its columns have no halves."""
     up, down = cut(2 * F, D), cut(D, F)
@@ -45,14 +44,39 @@ def plan(D: int, F: int) -> dict[str, int] | None:
     }  # fmt: skip
 
 
-def takes(x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down_scale: Tensor) -> bool:
-    """Whether there is one token, and a plan for the shared expert."""
-    if len(x) != 1 or gate_up_scale.dtype != down_scale.dtype or gate_up_scale.dtype not in SCALES:
-        return False
-    return plan(x.shape[1], len(gate_up) // 2) is not None
+def why_not(x: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down_scale: Tensor) -> str | None:
+    """Why these need the four launches that this one stands for, or None."""
+    T, D, F = *x.shape, len(gate_up) // 2
+    if T != 1:
+        return f"x: expected one token, got {T}"
+    if gate_up_scale.dtype != down_scale.dtype:
+        return (
+            f"down_scale: expected {gate_up_scale.dtype} as gate_up_scale, got {down_scale.dtype}"
+        )
+    if (own := plan(D, F)) is None:
+        return f"gate_up: expected columns that have halves of whole chunks, got {D} and {F}"
+    if x.is_cuda:  # blocks wait for each other, and more than half must be the routed experts'
+        fit = routed.PLANS[1][2] * torch.cuda.get_device_properties(x.device).multi_processor_count
+        if fit < (needed := 2 * own["SHARED_BLOCKS"]):
+            return f"x: expected a device that holds {needed} blocks at once, this one: {fit}"
+    return None
 
 
-@cache
+def check_shared(
+    x: Tensor, w1: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> None:
+    """Check the shared expert's matrices: as wide as a routed expert, w1 [E, F / 8, ..]."""
+    check_tensors(x=(x, "T D", torch.bfloat16), w1=(w1, "E tiles columns 8 64", torch.uint8))
+    D, F, fp8 = x.shape[1], w1.shape[1] * ROWS, torch.float8_e4m3fn
+    up_dtype = check_scale("gate_up_scale", gate_up_scale, 2 * F, D)
+    down_dtype = check_scale("down_scale", down_scale, D, F)
+    check_tensors(
+        x=(x, "T D", x.dtype), gate_up=(gate_up, f"{2 * F} {D}", fp8),
+        gate_up_scale=(gate_up_scale, "up_rows up_blocks", up_dtype),
+        down=(down, f"{D} {F}", fp8), down_scale=(down_scale, "down_rows down_blocks", down_dtype),
+    )  # fmt: skip
+
+
 def moe_with_shared_kernel(
     K: int, D: int, F: int, E: int, format: str, scale: torch.dtype
 ) -> tuple[cuda.Source, int]:
@@ -75,7 +99,8 @@ def num_blocks(resident: int, shared: int, units: int) -> int:
         raise KernelUnavailable(
             f"{SPEC.name}: expected a device that holds more than the {shared} blocks of the "
             f"shared expert at once, got {resident}: call linear_fp8, gate_up_swiglu and "
-            'moe_routed, as the engine does with unfused=["moe_with_shared"]'
+            'moe_routed, as the engine does with unfused=["moe_with_shared"] (--no-fusion '
+            "moe_with_shared)"
         )
     return min(resident, shared + units)
 
@@ -100,40 +125,31 @@ def launch(
 ) -> None:  # fmt: skip
     """Fill out[0]; out[1] and out[2] are working memory."""
     y, hidden, partial = out
-    pairs, stored = ids.numel(), (x, ids, routing, w1, s1, w3, s3, w2, s2)
+    pairs, routed_args = ids.numel(), (x, ids, routing, w1, s1, w3, s3, w2, s2)
+    check_shared(x, w1, gate_up, gate_up_scale, down, down_scale)
     sizes = portable.check(
-        *stored, global_scale, None, limit, first_expert, format,
+        *routed_args, global_scale, None, limit, first_expert, format,
         (y, hidden[:pairs], partial[:pairs]),
     )  # fmt: skip
     T, K, D, F, E = (sizes[c] for c in "TKDFE")
-    fp8, shared = torch.float8_e4m3fn, (gate_up, gate_up_scale, down, down_scale)
-    scale = check_scale("gate_up_scale", gate_up_scale, 2 * F, D)
-    down_dtype = check_scale("down_scale", down_scale, D, F)
     check_tensors(
-        x=(x, f"{T} {D}", x.dtype), gate_up=(gate_up, f"{2 * F} {D}", fp8),
-        gate_up_scale=(gate_up_scale, "up_rows up_blocks", scale), down=(down, f"{D} {F}", fp8),
-        down_scale=(down_scale, "down_rows down_blocks", down_dtype),
-        hidden=(hidden, f"{pairs + T} {F}", x.dtype),
+        x=(x, "T D", x.dtype), hidden=(hidden, f"{pairs + T} {F}", x.dtype),
         partial=(partial, f"{pairs + T} {D}", torch.float32),
     )  # fmt: skip
-    if not takes(x, gate_up, gate_up_scale, down_scale):
-        raise KernelUnavailable(
-            f"{SPEC.name}: expected one token, and a shared expert whose columns have halves of "
-            f"whole chunks, got {T} tokens and [{2 * F}, {D}], [{D}, {F}] with scales of "
-            f"{gate_up_scale.dtype} and {down_scale.dtype}: call torch.ops.dsv4.moe_with_shared"
-        )
+    if reason := why_not(x, gate_up, gate_up_scale, down_scale):
+        raise KernelUnavailable(f"{SPEC.name}: {reason}: call torch.ops.dsv4.moe_with_shared")
     check_aligned(16, x=x, w1=w1, w3=w3, w2=w2, gate_up=gate_up, down=down)
     check_aligned(8, s1=s1, s3=s3, s2=s2, gate_up_scale=gate_up_scale, down_scale=down_scale)
-    source, num_bytes = moe_with_shared_kernel(K, D, F, E, format, scale)
+    source, num_bytes = moe_with_shared_kernel(K, D, F, E, format, gate_up_scale.dtype)
     kernel, made = cuda.load(source, x.device, num_bytes), dict(source.defines)
     threads = 32 * made["WARPS"]
-    units = min(K, E) * max(F // 8, D // 16) * 32 // threads  # of the routed experts, at most
+    units = routed.num_units(min(K, E), D, F, threads)
     grid = num_blocks(kernel.resident_blocks(threads), made["SHARED_BLOCKS"], units)
     counters = cuda.zeroed_counters(x.device, routed.num_counters(K, D))
     scales = (None, None, None) if global_scale is None else global_scale.unbind()
     kernel.launch(
-        grid, threads, *stored, *scales, *shared, *out, counters, first_expert, float(limit),
-        overlaps=after_router,
+        grid, threads, *routed_args, *scales, gate_up, gate_up_scale, down, down_scale, *out,
+        counters, first_expert, float(limit), overlaps=after_router,
     )  # fmt: skip
 
 
