@@ -223,7 +223,7 @@ def test_what_it_takes() -> None:
 
 
 @pytest.mark.gpu
-def test_a_device_too_small_takes_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_too_small_is_a_reason_for_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     args = made(1, "flash").args_with_shared()
     names = ("x", "gate_up", "gate_up_scale", "down_scale")
     few = SimpleNamespace(multi_processor_count=16)

@@ -210,7 +210,7 @@ def test_prompts_of_any_length_take_the_experts_for_many_rows(
 
 
 class Launches(TorchDispatchMode):
-    """Names of what runs, in order; `mark` adds to them."""
+    """Names of what runs, in order; ops that are `marked` add to them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,3 +246,14 @@ def test_experts_that_start_early_follow_the_router_at_once(
     places = [i for i, name in enumerate(seen.names) if name == "experts"]
     assert len(places) == CONFIG.num_hidden_layers
     assert [seen.names[i - 1] for i in places] == ["router"] * len(places)
+
+
+@pytest.mark.parametrize("name", ["moe_with_shared", "gate_up_swiglu", "moe_routed_shared"])
+def test_experts_apart_are_not_one_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a step of one row would not run what was asked to run as parts."""
+    use_oracles(monkeypatch)
+    used = watch_fused(monkeypatch, "moe_with_shared")
+    for unfused, calls in (((name,), 0), ((), CONFIG.num_hidden_layers)):
+        one = SingleSequence(production(CONFIG, WEIGHTS, unfused=unfused))
+        one.forward(random_ids(CONFIG, 1), one.new_cache())
+        assert len(used) == calls

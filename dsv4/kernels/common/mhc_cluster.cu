@@ -29,13 +29,7 @@ struct Shared {
   u64 fn_bar, part_bar[2], pre_bar[2], ysum_bar[2];
 };
 
-struct Args {
-  const unsigned short *o, *x;
-  const float *post, *comb, *fn, *scale, *base;
-  const void *norm;
-  unsigned short *streams, *y;
-  float *new_post, *new_comb;
-  unsigned char *value, *fp8_scale;
+struct Args : Tensors {
   int T, iters;
   float norm_eps, eps;
 };

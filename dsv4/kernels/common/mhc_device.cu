@@ -16,6 +16,16 @@ constexpr float FP8_RECIPROCAL = 1.0f / 448.0f;
 constexpr u32 MOST_TRIES = 1 << 26;  // half a minute and more
 static_assert(D % 1024 == 0 && (ROWS == 24 || ROWS == 4), "sizes");
 
+// What clusters and many tokens have in front of their arguments (args_type of mhc_cluster.py).
+struct Tensors {
+  const unsigned short *o, *x;
+  const float *post, *comb, *fn, *scale, *base;
+  const void *norm;
+  unsigned short *streams, *y;
+  float *new_post, *new_comb;
+  unsigned char *value, *fp8_scale;
+};
+
 // ---- PTX
 
 __device__ __forceinline__ uint4 load16(const void *p, bool live) {

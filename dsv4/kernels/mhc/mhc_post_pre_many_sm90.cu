@@ -48,13 +48,7 @@ struct __align__(16) Shared {
 
 static_assert(sizeof(Shared) == SHARED_BYTES && THREADS == BLOCK_THREADS, "what the host plans");
 
-struct Args {
-  const unsigned short *o, *x;
-  const float *post, *comb, *fn, *scale, *base;
-  const void *norm;
-  unsigned short *streams, *y;
-  float *new_post, *new_comb;
-  unsigned char *value, *fp8_scale;
+struct Args : Tensors {
   float *partial;  // [T, ranks, COLS]
   int *flags;  // one for each rank, and how many teams wait no more
   int T, iters;

@@ -55,8 +55,8 @@ struct Params {
     const float *g1, *g3, *g2;  // [E] global scales or null
     const u16* shared;       // [T, D] BF16 or null
     u16* out;                // [T, D] BF16
-    u16* hidden;             // [T K, F] BF16; a row more for each token with SHARED_BLOCKS, here
-    float* partial;          // [T K, D] and here
+    u16* hidden;             // [T K, F] BF16; with SHARED_BLOCKS, then a row for each token
+    float* partial;          // [T K, D], and the same rows
     int* counters;           // [COUNTERS], zero before and after
     int T, first;
     float limit;
